@@ -1,0 +1,117 @@
+"""DiT (Peebles & Xie, arXiv 2212.09748): a class-conditional transformer trunk under a head that the caller chooses."""
+
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from piflow_jax.models import layers
+
+SIZES = {
+    "tiny": dict(depth=2, width=32, heads=2),
+    "B": dict(depth=12, width=768, heads=12),
+    "L": dict(depth=24, width=1024, heads=16),
+    "XL": dict(depth=28, width=1152, heads=16),
+}
+
+# (path pattern, axes of the mesh for each axis of the leaf), first match wins; `blocks` carry the layer axis first.
+# Matrices are stored split over `fsdp` along the trunk's width, which every size divides.
+SHARDING = (
+    (r"blocks/.*/(qkv|in|out|adaln)/kernel", (None, "fsdp")),
+    (r"blocks/adaln/kernel", (None, "fsdp")),
+    (r"(adaln_out|time_in|time_out|logstd_in|logstd_out)/kernel", ("fsdp",)),
+    (r"patch_embed/kernel", (None, "fsdp")),
+    (r"class_embed/embedding", (None, "fsdp")),
+    (r"head/(out|means|logweights)/kernel", ("fsdp",)),
+    (r".*/bias", ()),
+)
+
+
+def _modulate(x, shift, scale):
+  return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+  """Attention and MLP, each modulated and gated by the conditioning (adaLN-zero)."""
+
+  heads: int
+  mlp_ratio: int
+  mlp_norm_eps: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, embedding):
+    dim = x.shape[-1]
+    norm = functools.partial(nn.LayerNorm, use_bias=False, use_scale=False, dtype=self.dtype)
+    zeros = nn.initializers.zeros_init()
+    modulation = nn.Dense(6 * dim, dtype=self.dtype, kernel_init=zeros, name="adaln")(nn.silu(embedding))
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+    y = _modulate(norm(epsilon=1e-6)(x), shift_a, scale_a)
+    x = x + gate_a[:, None] * layers.Attention(self.heads, self.dtype, name="attention")(y)
+    y = _modulate(norm(epsilon=self.mlp_norm_eps)(x), shift_m, scale_m)
+    x = x + gate_m[:, None] * layers.Mlp(self.mlp_ratio * dim, self.dtype, name="mlp")(y)
+    return x, None
+
+
+class DiT(nn.Module):
+  """Latents [B, H, W, C], noise level t [B] in [0, 1], class labels [B] -> whatever `head` makes of the tokens.
+
+  Attributes:
+    head: module called with (tokens [B, N, D], embedding [B, D], grid (h, w)).
+    num_classes: label `num_classes` is the null class of guidance.
+    time_scale: what t is multiplied by before its embedding: 1 (REPA) or 1000 (FM-DiT).
+    time_freq_shift: see `layers.time_features`.
+    mlp_norm_eps: 1e-6 (facebookresearch/DiT, SiT, REPA) or 1e-5 (the authors' diffusers-based models).
+  """
+
+  head: nn.Module
+  depth: int
+  width: int
+  heads: int
+  patch: int = 2
+  mlp_ratio: int = 4
+  num_classes: int = 1000
+  time_scale: float = 1000.0
+  time_freq_shift: int = 1
+  mlp_norm_eps: float = 1e-5
+  remat: bool = True
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, t, labels):
+    grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
+    dense = functools.partial(nn.Dense, dtype=self.dtype)
+    normal, xavier = nn.initializers.normal(0.02), nn.initializers.xavier_uniform()
+
+    tokens = dense(self.width, kernel_init=xavier, name="patch_embed")(layers.patchify(x, self.patch))
+    tokens += layers.sincos_positions(*grid, self.width).astype(self.dtype)
+
+    features = layers.time_features(t * self.time_scale, freq_shift=self.time_freq_shift)
+    embedding = nn.silu(dense(self.width, kernel_init=normal, name="time_in")(features))
+    embedding = dense(self.width, kernel_init=normal, name="time_out")(embedding)
+    table = nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, embedding_init=normal, name="class_embed")
+    embedding += table(labels)
+
+    block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+    scan = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
+                   length=self.depth)
+    tokens, _ = scan(self.heads, self.mlp_ratio, self.mlp_norm_eps, self.dtype, name="blocks")(tokens, embedding)
+
+    zeros = nn.initializers.zeros_init()
+    modulation = dense(2 * self.width, kernel_init=zeros, name="adaln_out")(nn.silu(embedding))
+    shift, scale = jnp.split(modulation, 2, axis=-1)
+    tokens = _modulate(
+        nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)(tokens), shift, scale)
+    return self.head(tokens, embedding, grid)
+
+
+def null_label(labels, num_classes):
+  """The labels of the unconditional pass: the null class for every sample."""
+  return jnp.full_like(labels, num_classes)
+
+
+def drop_labels(labels, uniform, *, rate, num_classes):
+  """Labels [B] with the null class where uniform [B] < rate: what lets one network learn both passes of guidance."""
+  return jnp.where(uniform < rate, num_classes, labels)

@@ -1,0 +1,97 @@
+"""Rollout and average velocity against the authors' vectors, a closed form, and a loop written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from piflow_jax import flow
+from piflow_jax.policy import gmm
+from piflow_jax.policy import rollout as lib
+from tests import golden
+
+
+def _case(data, case):
+  mixture = golden.mixture(data, f"{case}_den_")
+  # The authors count substeps in float32, where some of the lengths here sit on the edge of rounding.
+  times = {k: jnp.asarray(data[f"{case}_{k}"]) for k in ("raw_t_start", "raw_t_end", "raw_t_src", "avg_raw_t_end")}
+  return mixture, times, golden.nhwc(data[f"{case}_x_t_start"]), float(data[f"{case}_shift"])
+
+
+@pytest.mark.parametrize("case", ["gm_s1", "gm_s3.2"])
+@pytest.mark.parametrize("dtype, rtol", [(np.float64, 1e-9), (np.float32, 2e-5)])
+def test_rollout_vectors(case, dtype, rtol):
+  with jax.enable_x64(dtype == np.float64):
+    data = golden.load("rollout", dtype)
+    want = golden.load("rollout", np.float64)
+    mixture, times, x, shift = _case(data, case)
+    x_src = golden.nhwc(data[f"{case}_x_t_src"])
+    policy = gmm.to_policy(mixture, x_src, golden.scalars(data[f"{case}_sigma_t_src"]), eps=1e-6)
+    n = np.maximum(lib.count_substeps(times["raw_t_start"], times["raw_t_end"], 128), 1)
+    np.testing.assert_array_equal(n, data[f"{case}_num_substeps"])
+    run = jax.jit(lambda x, a, b: lib.rollout(policy, x, a, b, shift=shift))
+    got = run(x, times["raw_t_start"], times["raw_t_end"])
+    np.testing.assert_allclose(got, golden.nhwc(want[f"{case}_x_t_end"]), rtol=rtol, atol=rtol)
+
+    t_src = flow.warp(times["raw_t_src"], shift)
+    policy = gmm.to_policy(mixture, x_src, t_src, eps=1e-6)
+    got = jax.jit(lambda x, a, b: lib.rollout(policy, x, a, b, shift=shift))(
+        x_src, times["raw_t_src"], jnp.zeros_like(times["raw_t_src"]))
+    np.testing.assert_allclose(got, golden.nhwc(want[f"{case}_fromsrc_x_t_end"]), rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("case", ["gm_s1", "gm_s3.2"])
+def test_average_velocity_vectors(x64, case):
+  data = golden.load("rollout", np.float64)
+  mixture, times, x, shift = _case(data, case)
+  x_src, t_src = golden.nhwc(data[f"{case}_x_t_src"]), golden.scalars(data[f"{case}_sigma_t_src"])
+
+  @jax.jit
+  def mean_velocity(mixture, tau_end):
+    policy = gmm.to_policy(mixture, x_src, t_src, eps=1e-6)
+    return lib.average_velocity(policy, x, times["raw_t_start"], tau_end, shift=shift)
+
+  got = mean_velocity(mixture, times["avg_raw_t_end"])
+  np.testing.assert_allclose(got, golden.nhwc(data[f"{case}_avg_u"]), rtol=1e-8, atol=1e-9)
+  small = mean_velocity(mixture, jnp.asarray(data[f"{case}_avg_small_raw_t_end"]))
+  np.testing.assert_allclose(small, golden.nhwc(data[f"{case}_avg_small_u"]), rtol=1e-8, atol=1e-9)
+
+  cotangent = golden.nhwc(data[f"{case}_cotangent"])
+  grads = jax.grad(lambda m: jnp.sum(mean_velocity(m, times["avg_raw_t_end"]) * cotangent))(mixture)
+  np.testing.assert_allclose(grads.means, golden.means(data[f"{case}_avg_grad_means"]), rtol=1e-6, atol=1e-9)
+  np.testing.assert_allclose(
+      grads.logweights, golden.logweights(data[f"{case}_avg_grad_logweights"]), rtol=1e-6, atol=1e-9)
+  np.testing.assert_allclose(grads.logstd, golden.scalars(data[f"{case}_avg_grad_logstds"]), rtol=1e-6, atol=1e-9)
+
+
+def test_single_gaussian_rollout_is_the_linear_flow(x64):
+  """K = 1 from pure noise: x_t = (1 - t) mu + s(t) (x_1 - 0) with s = sqrt((1-t)^2 v + t^2), exactly, as substeps grow."""
+  mu, v = jnp.full((1, 1, 1, 4), 1.5), jnp.array([0.09])
+  policy = gmm.GMPolicy(mu, jnp.zeros((1, 1, 4)), v, jnp.zeros((1, 1, 4)), jnp.ones(1), 1e-6)
+  x = jnp.array([-1.0, 0.0, 0.5, 2.0]).reshape(1, 2, 2, 1)
+  tau = jnp.array([0.4])
+  errors = []
+  for substeps in (256, 512):
+    got = lib.rollout(policy, x, jnp.ones(1), tau, total_substeps=substeps)
+    want = 0.6 * 1.5 + jnp.sqrt(0.36 * 0.09 + 0.16) * x
+    errors.append(float(jnp.abs(got - want).max()))
+  assert errors[0] < 2e-3
+  np.testing.assert_allclose(errors[0] / errors[1], 2, rtol=0.02)  # Euler is of first order
+
+
+def test_samples_that_are_done_hold_still_and_the_rest_go_on():
+  """Three lengths in one batch equal three rollouts of one."""
+  key = jax.random.split(jax.random.key(0), 3)
+  b = 3
+  policy = gmm.GMPolicy(
+      jax.random.normal(key[0], (b, 2, 4, 6)), jax.nn.log_softmax(jax.random.normal(key[1], (b, 4, 6)), 1),
+      jnp.full(b, 0.1), jnp.zeros((b, 2, 6)), jnp.ones(b), 1e-6)
+  x = jax.random.normal(key[2], (b, 2, 3, 2))
+  src, dst = jnp.array([1.0, 0.5, 0.9]), jnp.array([0.9, 0.0, 0.9])
+  together = lib.rollout(policy, x, src, dst, total_substeps=32)
+  for i in range(b):
+    one = slice(i, i + 1)
+    alone = lib.rollout(jax.tree.map(lambda a: a[one], policy), x[one], src[one], dst[one], total_substeps=32)
+    np.testing.assert_allclose(together[one], alone, rtol=1e-6, atol=1e-6)
+  bounded = lib.rollout(policy, x, src, dst, total_substeps=32, max_substeps=16)
+  np.testing.assert_array_equal(together, bounded)
