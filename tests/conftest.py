@@ -21,3 +21,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def x64():
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory):
+  """The workdir of a tiny teacher's finished run."""
+  from piflow_jax import train_loop
+  from tests import tiny
+
+  workdir = tmp_path_factory.mktemp("tiny") / "teacher"
+  assert train_loop.train(tiny.config("teacher"), workdir) == 0
+  return workdir

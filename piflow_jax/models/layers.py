@@ -20,14 +20,11 @@ def sincos_positions(height, width, dim):
   return np.concatenate([table(x.ravel(), dim // 2), table(y.ravel(), dim // 2)], axis=1).astype(np.float32)
 
 
-def time_features(t, dim=256, freq_shift=1):
-  """Sinusoidal features of a time [B] -> [B, dim], cosine half first.
-
-  `freq_shift` 1 spaces frequencies to 1/10000 inclusive (diffusers), 0 exclusive (facebookresearch/DiT, SiT).
-  """
+def time_features(t, dim=256):
+  """Sinusoidal features of a time [B] -> [B, dim], cosine half first (DiT)."""
   half = dim // 2
-  frequencies = jnp.exp(-np.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
-  angles = t.astype(jnp.float32)[:, None] * frequencies
+  frequencies = jnp.exp(-np.log(10000) * jnp.arange(half, dtype=jnp.float32) / half)
+  angles = jnp.outer(t.astype(jnp.float32), frequencies)
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -65,7 +62,7 @@ class Projection(nn.Module):
     contract = (((x.ndim - 1,), (0,)), ((), ()))
     y = jax.lax.dot_general(
         x.astype(self.dtype), kernel.astype(self.dtype), contract, preferred_element_type=jnp.float32)
-    return y + bias
+    return y + jnp.expand_dims(bias, range(x.ndim - 1))
 
 
 class VelocityHead(nn.Module):

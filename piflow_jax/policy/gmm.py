@@ -151,13 +151,37 @@ def drop_components(policy, uniform, *, rate):
 
 
 class GMHead(nn.Module):
-  """Tokens [B, N, D] and conditioning embedding [B, D] -> Mixture (GMFlow's GM-DiT V2)."""
+  """Tokens [B, N, D] and conditioning embedding [B, D] -> Mixture (GMFlow's GM-DiT V2).
+
+  Attributes:
+    components: K.
+    channels, patch: of the latent and its tokens.
+    logstd_width: hidden width of the layers that say how sure the policy is.
+    dropout: of `perturb`.
+  """
 
   components: int
   channels: int
   patch: int
   logstd_width: int = 1024
+  dropout: float = 0.0
   dtype: Any = jnp.float32
+
+  def to_policy(self, out, x_src, t_src, *, eps):
+    """See the function `to_policy`."""
+    return to_policy(out, x_src, t_src, eps=eps)
+
+  def perturb(self, policy, keys):
+    """The behaviour policy: components dropped, each sample by its own key [B]."""
+    if not self.dropout:
+      return policy
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (self.components,)))(keys)
+    return drop_components(policy, uniform, rate=self.dropout)
+
+  def from_teacher(self, teacher_head, fresh, key):
+    """Parameters that start where the teacher is; see `head_from_teacher`."""
+    noise = jax.random.normal(key, (self.components, self.channels))
+    return head_from_teacher(teacher_head["out"], fresh, noise)
 
   @nn.compact
   def __call__(self, tokens, embedding, grid):
@@ -200,7 +224,7 @@ def head_from_teacher(teacher_out, head, noise, *, scatter=0.05, std=0.05):
   return {
       "means": {
           "kernel": jnp.broadcast_to(kernel[:, :, None], shape),
-          "bias": bias[:, None] + scatter * noise,
+          "bias": bias[:, None] + scatter * noise[None],
       },
       "logweights": jax.tree.map(jnp.zeros_like, head["logweights"]),
       "logstd_in": head["logstd_in"],

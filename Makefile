@@ -1,0 +1,46 @@
+# `make demo` runs the main job on real digits, `make test` the tests. Both make their own environment in .venv.
+
+PYTHON ?= $(shell for v in 3.11 3.12 3.13 3; do command -v python$$v; done 2>/dev/null | head -n 1)
+PY := .venv/bin/python
+RUNS ?= runs/digits
+ARGS ?=
+# Compiling is the better part of a short run: what was compiled once is read back.
+CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+
+.PHONY: demo test quick lock clean help
+
+help:  ## what there is to make
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+
+.venv/ready: setup.py requirements.lock
+	@test -n "$(PYTHON)" || { echo "error: no python3 found; install Python 3.11 or newer, or say make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; say make PYTHON=/path/to/a/newer/one" >&2; exit 1; }
+	@echo "== environment: installing the locked packages into .venv (a few minutes, once)"
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: .venv/ready  ## teacher, one-call student, samples and report on real handwritten digits
+	@echo "== 1/3 teacher: a DiT by flow matching -> $(RUNS)/teacher"
+	@$(CACHE) $(PY) -m piflow_jax.main --config=configs/digits.py:teacher --workdir=$(RUNS)/teacher
+	@echo "== 2/3 student: distilled into one network call -> $(RUNS)/student"
+	@$(CACHE) $(PY) -m piflow_jax.main --config=configs/digits.py:student --workdir=$(RUNS)/student \
+		--config.teacher.checkpoint=$(RUNS)/teacher $(ARGS)
+	@echo "== 3/3 evaluation: both, from the same noises"
+	@$(CACHE) $(PY) -m piflow_jax.evaluation.run --config=configs/digits.py:student --workdir=$(RUNS)/student \
+		--config.teacher.checkpoint=$(RUNS)/teacher $(ARGS)
+
+test: .venv/ready  ## all tests
+	@$(PY) -m pytest -n 2 --dist loadfile -q tests
+
+quick: .venv/ready  ## the tests that take seconds
+	@$(PY) -m pytest -n 2 --dist loadfile -q -m "not slow" tests
+
+lock: .venv/ready  ## write what is installed to requirements.lock
+	@$(PY) -m pip freeze --exclude-editable --all --exclude pip > requirements.lock
+
+clean:  ## remove environment, caches and runs
+	rm -rf .venv .jax_cache runs *.egg-info

@@ -1,0 +1,99 @@
+"""Every field there is, with its default. Other configs set these and invent none."""
+
+from ml_collections import ConfigDict
+from ml_collections import config_dict
+
+from piflow_jax import build
+from piflow_jax.data import synthetic
+from piflow_jax.models import dit
+from piflow_jax.policy import gmm
+
+
+def get_config():
+  c = ConfigDict()
+  c.seed = 0  # every draw of a run comes from (seed, step)
+  c.method = build.imitation  # what is trained: build.flow_matching (a teacher) or build.imitation (a student)
+  c.steps = 1000  # updates in all
+  c.batch_size = 128  # over all devices and microbatches
+  c.microbatches = 1  # gradient accumulation: the batch is worked through in so many parts
+
+  c.data = ConfigDict()
+  c.data.source = synthetic.source  # (split, shape, num_classes) -> random access to {"x_0", "cond"}
+  c.data.shape = (32, 32, 4)  # of x_0: height, width, channels
+  c.data.num_classes = 1000
+
+  c.network = ConfigDict()
+  c.network.make = dit.DiT
+  c.network.depth, c.network.width, c.network.heads = 12, 768, 12
+  c.network.patch = 2  # latent positions along each side of a token
+  c.network.time_scale = 1000.0  # what the noise level is multiplied by: 1 (REPA) or 1000 (FM-DiT)
+  c.network.mlp_norm_eps = 1e-5  # 1e-6 in facebookresearch/DiT, SiT and REPA
+  c.network.remat = True  # recompute a block's activations in its backward pass
+  c.network.unroll = 1  # blocks in one turn of the loop over them; all of them is faster on a CPU, slower to compile
+  c.network.dtype = "bfloat16"  # of the computation; parameters are float32
+
+  c.policy = ConfigDict()  # the student's head and the policy that it makes
+  c.policy.make = gmm.GMHead
+  c.policy.components = 32  # K
+  c.policy.logstd_width = 1024
+  c.policy.dropout = 0.05  # chance that a component is missing from the policy that makes the trajectory
+
+  c.flow = ConfigDict()
+  c.flow.nfe = 1  # network calls, i.e. segments, that the student is trained for
+  c.flow.shift = 1.0  # of the noise schedule
+  c.flow.final_scale = 1.0  # length of the last segment as a share of the others
+  c.flow.total_substeps = 128  # Euler substeps of the policy over all segments
+
+  c.imitation = ConfigDict()
+  c.imitation.num_states = 2  # M, teacher queries a segment
+  c.imitation.window_substeps = 0  # span over which velocities are averaged
+  c.imitation.loss_scale = 3.0
+  c.imitation.num_decay_steps = 0  # scheduled trajectory mixing: steps until no teacher stretch is left; 0 is none ever
+
+  c.flow_matching = ConfigDict()
+  c.flow_matching.label_dropout = 0.1  # what classifier-free guidance needs
+  c.flow_matching.logit_normal = False  # draw times logit-normally rather than uniformly
+  c.flow_matching.logit_mean, c.flow_matching.logit_std = 0.0, 1.0
+
+  c.teacher = ConfigDict()
+  c.teacher.checkpoint = ""  # workdir of the teacher's run
+  c.teacher.weights = "ema"  # or "params"
+  c.teacher.guidance_scale = 1.0  # w; no guidance for w <= 1
+  c.teacher.guidance_interval = (0.0, 1.0)  # noise levels, both included, where guidance is active
+  c.teacher.orthogonal = 0.0  # share of guidance's projection on the x_0 estimate that is taken out
+
+  c.optimizer = ConfigDict()  # AdamW
+  c.optimizer.learning_rate = 5e-5
+  c.optimizer.warmup_steps = 400  # linear, from 0.001 of the rate
+  c.optimizer.schedule = "constant"  # or "cosine", to 0 at the last step
+  c.optimizer.b1, c.optimizer.b2 = 0.9, 0.95
+  c.optimizer.weight_decay = 0.0
+  c.optimizer.clip_norm = 50.0  # global norm; active once the warm-up is over
+
+  c.ema = ConfigDict()
+  c.ema.gamma = 7.0  # beta = (1 - 1/n)^(gamma + 1)
+  c.ema.start = 400  # n counts from here; before, the average is a copy
+
+  c.mesh = ConfigDict()
+  c.mesh.data, c.mesh.fsdp = -1, 1  # devices along each axis; -1 infers one
+
+  c.sampling = ConfigDict()  # the pictures drawn during training, and evaluation
+  c.sampling.nfe = 1  # network calls: steps of a teacher, segments of a student
+  c.sampling.h = 0.0  # stochasticity: 0 deterministic, inf full re-noising
+  c.sampling.images = 64  # in a picture
+
+  c.evaluation = ConfigDict()
+  c.evaluation.features = config_dict.placeholder(object)  # (images, labels) of real data -> (extract, predict) functions
+  c.evaluation.samples = 2000  # of each model
+  c.evaluation.batch_size = 500
+  c.evaluation.seed = 0  # of the noises
+
+  c.log_every = 50  # steps between lines of metrics
+  c.eval_every = 1000  # steps between losses on held-out data; 0 is never
+  c.eval_batches = 4
+  c.image_every = 1000  # steps between pictures; 0 is never
+  c.checkpoint_every = 1000
+  c.keep_checkpoints = 2  # the latest so many
+  c.keep_every = 0  # and each whose step this divides; 0 is none
+  c.profile_steps = 0  # trace so many steps, from the tenth of the session on, to workdir/profile
+  return c.lock()

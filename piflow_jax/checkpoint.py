@@ -1,0 +1,108 @@
+"""Checkpoints by Orbax: {state, position} out and in, and a teacher's weights in. The only file that knows Orbax."""
+
+import logging as std_logging
+
+from absl import logging
+from etils import epath
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_lib
+
+from piflow_jax import errors
+from piflow_jax import params as params_lib
+
+
+def open_manager(workdir, *, keep=2, keep_every=None):
+  """The manager of workdir/checkpoints: saves in the background, commits by rename, keeps the latest and every n-th."""
+  policies = [keep_lib.LatestN(keep)] + ([keep_lib.EveryNSteps(keep_every)] if keep_every else [])
+  std_logging.getLogger("absl").setLevel(std_logging.WARNING)
+  options = ocp.CheckpointManagerOptions(
+      preservation_policy=keep_lib.AnyPreservationPolicy(policies), enable_async_checkpointing=True)
+  return ocp.CheckpointManager(epath.Path(workdir) / "checkpoints", options=options)
+
+
+def save(manager, step, state, position):
+  """Start writing the state, and the data position and other plain values, of a step; returns while it is written."""
+  manager.save(step, args=ocp.args.Composite(
+      state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)))
+
+
+def restore_latest(manager, abstract_state):
+  """(step, state, position) of the newest checkpoint that can be read, or None where there is none.
+
+  One that cannot be read (torn by a crash of the disk, say) is set aside as `torn_<step>` with a warning.
+
+  Args:
+    manager: of `open_manager`.
+    abstract_state: shapes, dtypes and shardings to restore to.
+  Raises:
+    errors.UserError: checkpoints are there, but none can be read.
+  """
+  failures = []
+  for step in sorted(manager.all_steps(), reverse=True):
+    try:
+      # A fresh reader: a failed restore leaves the manager's item handlers half set up.
+      found = manager.restore(step, args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore()))
+      break
+    except Exception as e:  # whatever the storage layer makes of broken bytes
+      failures.append((step, " ".join(str(e).split())[:200]))
+      logging.warning("checkpoint %d cannot be read and is passed over: %s", *failures[-1])
+  else:
+    if failures:
+      raise errors.UserError(
+          f"--workdir: no checkpoint under {manager.directory} can be read ({failures[0][1]}); "
+          "if the network or the optimizer changed, choose another workdir")
+    return None
+  for torn, _ in failures:
+    (manager.directory / str(torn)).rename(manager.directory / f"torn_{torn}")
+  if failures:
+    manager.reload()
+  return step, found["state"], found["position"]
+
+
+def load_weights(workdir, abstract_params, which, field):
+  """The newest weights of another run: its `ema` or its `params`, with the shardings of abstract_params.
+
+  Args:
+    workdir: of that run.
+    abstract_params: the tree expected, shapes and shardings.
+    which: "ema" or "params".
+    field: name of the config field that gave the workdir, for the messages.
+  Raises:
+    errors.UserError: no such run, one that is not a checkpoint of this program, or shapes that do not fit.
+  """
+  folder = epath.Path(workdir) / "checkpoints"
+  if not folder.exists():
+    raise errors.UserError(f"{field}: no checkpoint in {workdir!r} (no folder {folder}); give a finished run's workdir")
+  with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise errors.UserError(f"{field}: no finished checkpoint in {workdir!r}; let that run save one first")
+    try:
+      shapes = _shapes(folder / str(step) / "state")[which]
+    except Exception as e:
+      raise errors.UserError(f"{field}: {folder}/{step} is not a checkpoint of this program ({type(e).__name__}); "
+                             "give the workdir of a training run") from e
+    _check_shapes(params_lib.named_leaves(abstract_params), params_lib.named_leaves(shapes), f"{field}: {workdir!r}")
+    restore_args = ocp.checkpoint_utils.construct_restore_args({which: abstract_params})
+    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
+        {which: abstract_params}, restore_args=restore_args, partial_restore=True)))
+  return restored["state"][which]
+
+
+def _shapes(folder):
+  metadata = ocp.StandardCheckpointer().metadata(folder)
+  tree = getattr(metadata, "item_metadata", metadata)
+  return jax.tree.map(lambda m: m, getattr(tree, "tree", tree), is_leaf=lambda m: hasattr(m, "shape"))
+
+
+def _check_shapes(expected, found, what):
+  wrong = [f"{name} is missing" for name in expected if name not in found]
+  wrong += [f"{name} is not in this network" for name in found if name not in expected]
+  wrong += [f"{name} is {tuple(found[name].shape)}, expected {tuple(leaf.shape)}"
+            for name, leaf in expected.items() if name in found and tuple(found[name].shape) != tuple(leaf.shape)]
+  if wrong:
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    raise errors.UserError(
+        f"{what} does not fit config.network: {'; '.join(wrong[:3])}{more}; use the teacher's own network fields")

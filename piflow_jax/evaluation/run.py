@@ -1,0 +1,178 @@
+"""Measure a student against its teacher, and both against real data; write the report.
+
+  python -m piflow_jax.evaluation.run --config=configs/digits.py:student --workdir=runs/digits/student
+
+Draws config.evaluation.samples from the teacher at 128, 4, 2 and 1 Euler steps and from the student, all from the same
+noise, and the teacher's own again from fresh noise. Leaves report.html and report.json in <workdir>/report and prints the path.
+"""
+
+import functools
+import time
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from piflow_jax import build
+from piflow_jax import checkpoint
+from piflow_jax import errors
+from piflow_jax import main as program
+from piflow_jax import run_log
+from piflow_jax import sampler
+from piflow_jax import sharding
+from piflow_jax import train_loop
+from piflow_jax.evaluation import figures
+from piflow_jax.evaluation import metrics
+from piflow_jax.evaluation import report
+
+TEACHER_STEPS = (128, 4, 2, 1)
+
+
+def draw_all(draw, noise, labels, batch_size, bar):
+  """x_0 of all noises by draw(noise, cond) in batches of one shape; returns (x_0, seconds, the compiling call apart)."""
+  n = len(noise)
+  pad = -n % batch_size
+  noise, labels = (np.concatenate([x, x[:pad]]) for x in (noise, labels))
+  jax.block_until_ready(draw(noise[:batch_size], labels[:batch_size]))
+  began, parts = time.perf_counter(), []
+  for i in range(0, len(noise), batch_size):
+    parts.append(np.asarray(draw(noise[i:i + batch_size], labels[i:i + batch_size])))
+    bar.update(min(batch_size, n - i))
+  seconds = time.perf_counter() - began
+  return np.concatenate(parts)[:n], seconds * n / len(noise)
+
+
+def measure(samples, labels, reference, real_features, teacher_features, extract, predict):
+  """The figures of one row: samples [n, H, W, C] of the given labels; `reference` the teacher's from the same noise."""
+  features = extract(samples)
+  precision, recall = metrics.precision_recall(real_features, features)
+  return dict(
+      frechet=metrics.frechet_distance(real_features, features),
+      frechet_to_teacher=metrics.frechet_distance(teacher_features, features),
+      precision=precision, recall=recall,
+      accuracy=metrics.accuracy(predict(samples), labels),
+      diversity=metrics.class_diversity(samples, labels),
+      endpoint_error=metrics.endpoint_error(samples, reference, labels))
+
+
+def evaluate(config, workdir):
+  """All rows of the report for the student in workdir; returns the path of report.html."""
+  c = config.evaluation
+  if c.features is None:
+    raise errors.UserError("config.evaluation.features: is empty; name a function that gives (extract, predict)")
+  began = time.time()
+  mesh = sharding.make_mesh(**config.mesh)
+  run = build.run(config)
+  if run.teacher_shapes is None:
+    raise errors.UserError("config.method: this run has no teacher to be held against; evaluate a student's config")
+  jitted = train_loop.compile_run(config, mesh, run)
+  teacher_params = train_loop.load_teacher(config, jitted["teacher"])
+  params = checkpoint.load_weights(workdir, jitted["state"].ema, "ema", "--workdir")
+  source = functools.partial(config.data.source, shape=config.data.shape, num_classes=config.data.num_classes)
+  real, held_out = (_stack(source(split)) for split in ("train", "held_out"))
+  extract, predict = c.features(*real)
+
+  shape, classes = config.data.shape, config.data.num_classes
+  labels = (np.arange(c.samples) % classes).astype(np.int32)
+  noise, fresh = (np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(c.seed), i), (c.samples, *shape)))
+                  for i in range(2))
+  split = jax.NamedSharding(mesh, sharding.BATCH)
+
+  def sampling(flow_map, weights, nfe):
+    draw = jax.jit(lambda weights, noise, cond: sampler.sample(
+        flow_map(weights, cond), noise, jax.random.key(c.seed), nfe=nfe, shift=config.flow.shift,
+        final_scale=config.flow.final_scale), in_shardings=(None, split, split))
+    return lambda noise, cond: draw(weights, noise, cond)
+
+  teacher_draw = lambda nfe: sampling(lambda p, cond: build.teacher_flow_map(config, p, cond), teacher_params, nfe)
+  models = [("teacher", nfe, teacher_draw(nfe)) for nfe in TEACHER_STEPS]
+  models.append(("student", config.sampling.nfe, sampling(
+      lambda p, cond: run.flow_map(p[0], p[1], cond), (params, teacher_params), config.sampling.nfe)))
+
+  with tqdm.tqdm(total=c.samples * (len(models) + 1), unit="image", desc=f"{workdir}: sampling") as bar:
+    drawn = [draw_all(draw, noise, labels, c.batch_size, bar) for _, _, draw in models]
+    own, _ = draw_all(models[0][2], fresh, labels, c.batch_size, bar)
+  real_features, own_features = extract(real[0]), extract(own)
+  rows = []
+  for (model, calls, _), (samples, seconds) in zip(models, drawn):
+    rows.append(dict(model=model, calls=calls) | measure(
+        samples, labels, drawn[0][0], real_features, own_features, extract, predict)
+        | dict(seconds_per_1000=seconds * 1000 / c.samples))
+
+  half = np.random.default_rng(c.seed).permutation(len(real[0]))
+  a, b = np.array_split(half, 2)
+  reference = dict(
+      real_against_real=metrics.frechet_distance(real_features[a], real_features[b]),
+      held_out_frechet=metrics.frechet_distance(real_features, extract(held_out[0])),
+      held_out_accuracy=metrics.accuracy(predict(held_out[0]), held_out[1]),
+      teacher_fresh_frechet=metrics.frechet_distance(real_features, own_features),
+      guidance_scale=config.teacher.guidance_scale, samples=c.samples, seed=c.seed)
+  shown = slice(0, 2 * classes)
+  name = lambda model, calls: f"{model}, {calls} {'call' if calls == 1 else 'calls'}"
+  pictures = {
+      "The same noises through teacher and student": figures.comparison(
+          [(name(m, n), samples[shown]) for (m, n, _), (samples, _) in zip(models, drawn)]
+          + [("real digits" if classes == 10 else "real", _by_label(real, labels[shown]))]),
+      "Quality by network calls": figures.quality(rows),
+  }
+  minutes = {}
+  for stage, folder in (("teacher", config.teacher.checkpoint), ("student", workdir)):
+    lines = run_log.read_metrics(folder)
+    seconds = [line["seconds"] for line in lines if "seconds" in line]
+    minutes[stage] = seconds[-1] / 60 if seconds else None
+    series = {key: ([line["step"] for line in lines if key in line], [line[key] for line in lines if key in line])
+              for key in ("loss", "eval_loss")}
+    pictures[f"Loss of the {stage}"] = figures.curves(series, title=f"{stage}: {folder}", ylabel="loss")
+  minutes["evaluation"] = (time.time() - began) / 60
+  folder = epath.Path(workdir) / "report"
+  return report.write_report(
+      folder, title=f"{workdir}: a student at {config.sampling.nfe} call(s) and its teacher", rows=rows, minutes=minutes,
+      reference=reference, pictures=pictures, checks=checks(rows))
+
+
+def checks(rows):
+  """(text, value, bound, passed) of what a good distillation shows, from the rows of a report."""
+  find = lambda model, calls: next(r for r in rows if r["model"] == model and r["calls"] == calls)
+  student, best, few, one = rows[-1], find("teacher", 128), find("teacher", 4), find("teacher", 1)
+  at_most = lambda text, value, bound: (text, value, f"<= {bound}", bool(value <= bound))
+  ratio = student["diversity"] / best["diversity"]
+  return [
+      at_most("student's Frechet distance over the teacher's at 128 calls", student["frechet"] / best["frechet"], 1.15),
+      at_most("student's Frechet distance over the teacher's at 4 calls", student["frechet"] / few["frechet"], 0.7),
+      at_most("student's distance to the teacher's samples over that of the teacher at 4 calls",
+              student["frechet_to_teacher"] / few["frechet_to_teacher"], 1.0),
+      ("accuracy of the student's conditioned class", student["accuracy"], ">= 0.96", student["accuracy"] >= 0.96),
+      ("diversity of the student over the teacher's", ratio, "0.9 to 1.1", 0.9 <= ratio <= 1.1),
+      at_most("endpoint error of the student", student["endpoint_error"], 0.25),
+      ("endpoint error of one Euler step, for comparison", one["endpoint_error"], "about 0.7", True),
+  ]
+
+
+def _stack(records):
+  images, labels = zip(*((r["x_0"], r["cond"]) for r in (records[i] for i in range(len(records)))))
+  return np.stack(images), np.array(labels)
+
+
+def _by_label(real, labels):
+  """A real image of each label, a different one each time that a label recurs."""
+  images, classes = real
+  seen = {}
+  picked = []
+  for label in labels:
+    of_class = np.flatnonzero(classes == label)
+    picked.append(images[of_class[seen.get(label, 0)]])
+    seen[label] = seen.get(label, 0) + 1
+  return np.stack(picked)
+
+
+def _main(argv):
+  del argv
+  path = evaluate(program.CONFIG.value, program.WORKDIR.value)
+  print(path)
+  return 0
+
+
+if __name__ == "__main__":
+  program.run(_main)

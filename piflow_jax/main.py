@@ -1,0 +1,59 @@
+"""Train a teacher or a student.
+
+  python -m piflow_jax.main --config=configs/digits.py:teacher --workdir=runs/digits/teacher
+  python -m piflow_jax.main --config=configs/digits.py:student --workdir=runs/digits/student
+
+Any field of the config can be set on the command line: --config.batch_size=64 --config.optimizer.learning_rate=1e-4.
+configs/base.py lists them all. The same command with the same --workdir goes on where it was.
+Exit status: 0 done; 75 stopped by SIGTERM with everything saved, start again; 2 bad input; 3 a loss that is not finite.
+"""
+
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+
+from piflow_jax import errors
+from piflow_jax import train_loop
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py:student.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder (or gs:// path) of this run: checkpoints, metrics, pictures.")
+
+
+def _main(argv):
+  if len(argv) > 1:
+    raise errors.UserError(f"{argv[1]}: not understood; options are written --name=value")
+  return train_loop.train(CONFIG.value, WORKDIR.value)
+
+
+def run(main):
+  """absl's app.run with bad input told in one line: for every program of the package."""
+  flags.mark_flags_as_required(["config", "workdir"])
+
+  def parse(argv):
+    try:
+      return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
+      _fail(2, e)
+
+  def guarded(argv):
+    logging.set_verbosity(logging.INFO if flags.FLAGS["verbosity"].present else logging.WARNING)
+    try:
+      sys.exit(main(argv))
+    except errors.UserError as e:
+      _fail(2, e)
+    except errors.NotFinite as e:
+      _fail(3, e)
+
+  app.run(guarded, flags_parser=parse)
+
+
+def _fail(status, error):
+  print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+  sys.exit(status)
+
+
+if __name__ == "__main__":
+  run(_main)

@@ -1,0 +1,119 @@
+"""What a run leaves to look at: metrics.jsonl, TensorBoard events, pictures, and the config that it belongs to."""
+
+import io
+import json
+
+from etils import epath
+import numpy as np
+import tensorboardX
+
+from piflow_jax import errors
+
+# Fields that say how a run is watched, placed or how long it is, not what it computes: these may change on a restart.
+_FREE = ("steps", "log_every", "eval_every", "eval_batches", "image_every", "checkpoint_every", "keep_checkpoints",
+         "keep_every", "profile_steps", "mesh.", "sampling.", "evaluation.", "teacher.checkpoint")
+
+
+def _plain(value):
+  if callable(value):
+    return f"{value.__module__}:{value.__qualname__}"
+  if isinstance(value, (tuple, list)):
+    return [_plain(v) for v in value]
+  return value
+
+
+def flat_config(config):
+  """{"a.b": plain value} of a config, references as "module:name"."""
+  flat = {}
+  for key, value in config.items():
+    if hasattr(value, "items"):
+      flat |= {f"{key}.{k}": v for k, v in flat_config(value).items()}
+    else:
+      flat[key] = _plain(value)
+  return flat
+
+
+def claim(workdir, config):
+  """Make the workdir this config's, or find that it already is.
+
+  Raises:
+    errors.UserError: it cannot be written, or belongs to a run of another config.
+  """
+  folder, flat = epath.Path(workdir), flat_config(config)
+  path = folder / "config.json"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+      _compare(json.loads(path.read_text()), flat, workdir)
+    temporary = folder / "config.json.tmp"
+    temporary.write_text(json.dumps(flat, indent=1))
+    temporary.replace(path)
+  except (OSError, NotImplementedError) as e:
+    raise errors.UserError(f"--workdir: cannot write to {str(workdir)!r} ({e}); choose a folder that you may write") from e
+  except json.JSONDecodeError as e:
+    raise errors.UserError(f"--workdir: {path} is not a config ({e}); choose another workdir") from e
+
+
+def _compare(old, new, workdir):
+  differ = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(_FREE)]
+  if differ:
+    shown = "; ".join(f"config.{k} is {new.get(k)!r}, was {old.get(k)!r}" for k in differ[:3])
+    more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+    raise errors.UserError(
+        f"--workdir: {str(workdir)!r} holds a run of another config ({shown}{more}); choose another workdir or that config")
+
+
+class RunLog:
+  """Lines of metrics by step. Opening at a step drops what an earlier session logged beyond it."""
+
+  def __init__(self, workdir, start):
+    self._path = epath.Path(workdir) / "metrics.jsonl"
+    self._lines = [line for line in read_metrics(workdir) if line["step"] <= start]
+    self._rewrite()
+    self._events = tensorboardX.SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=start + 1)
+
+  def _rewrite(self):
+    temporary = self._path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
+    temporary.replace(self._path)
+
+  def write(self, step, values):
+    line = {"step": step} | {k: float(v) for k, v in values.items()}
+    self._lines.append(line)
+    if "://" in str(self._path):
+      self._rewrite()  # object stores know no append
+    else:
+      with self._path.open("a") as f:
+        f.write(json.dumps(line) + "\n")
+    for name, value in line.items():
+      if name != "step":
+        self._events.add_scalar(name, value, step)
+
+  def image(self, step, name, pixels):
+    """pixels [H, W, 3] uint8, to TensorBoard and to pictures/<name>_<step>.png."""
+    from PIL import Image
+
+    self._events.add_image(name, np.asarray(pixels), step, dataformats="HWC")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    folder = self._path.parent / "pictures"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}_{step:07d}.png").write_bytes(buffer.getvalue())
+
+  def flush(self):
+    self._events.flush()
+
+  def close(self):
+    self._events.close()
+
+
+def read_metrics(workdir):
+  """The lines of metrics.jsonl; a last line that was cut off by a kill is left out."""
+  path = epath.Path(workdir) / "metrics.jsonl"
+  lines = []
+  for text in path.read_text().splitlines() if path.exists() else []:
+    try:
+      lines.append(json.loads(text))
+    except json.JSONDecodeError:
+      break
+  return lines

@@ -1,0 +1,41 @@
+"""Package metadata. Lower bounds are the versions that the lock pins and every test runs on."""
+
+import pathlib
+
+from setuptools import find_packages
+from setuptools import setup
+
+EVAL = ["matplotlib>=3.11.2", "scikit-learn>=1.9.1", "scipy>=1.17.1"]
+
+setup(
+    name="piflow_jax",
+    version="0.1.0",
+    description="Few-step flow models by policy-based distillation (pi-Flow), in JAX",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["piflow_jax", "piflow_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.5.1",
+        "clu>=0.0.12",
+        "etils>=1.15.0",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "ml_collections>=1.1.0",
+        "numpy>=2.4.6",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "pillow>=13.0.0",
+        "tensorboardX>=2.6.5",
+        "tqdm>=4.70.1",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "gpu": ["jax[cuda12]>=0.10.2"],
+        "torch": ["torch>=2.13.0"],
+        "eval": EVAL,
+        "dev": EVAL + ["pytest>=9.2.0", "pytest-xdist>=3.8.0"],
+    },
+)

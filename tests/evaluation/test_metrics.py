@@ -1,0 +1,161 @@
+"""The numbers of an evaluation against closed forms and second, slower derivations."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from piflow_jax.evaluation import metrics
+
+
+def _with_moments(n, mean, cov, rng):
+  """n samples whose sample mean and unbiased covariance are exactly these."""
+  x = rng.standard_normal((n, len(mean)))
+  x -= x.mean(0)
+  white = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
+  return mean + white @ np.linalg.cholesky(cov).T
+
+
+def test_frechet_of_known_gaussians():
+  rng = np.random.default_rng(0)
+  a = _with_moments(50, np.array([1.0, -2.0, 0.0]), np.diag([1.0, 4.0, 9.0]), rng)
+  b = _with_moments(70, np.array([0.0, 0.0, 0.0]), np.diag([4.0, 1.0, 0.25]), rng)
+  # Covariances that commute: |mu|^2 + sum (sd_a - sd_b)^2.
+  expected = 5 + (1 - 2) ** 2 + (2 - 1) ** 2 + (3 - 0.5) ** 2
+  np.testing.assert_allclose(metrics.frechet_distance(a, b), expected, rtol=1e-10)
+
+
+def test_frechet_against_matrix_square_root():
+  rng = np.random.default_rng(1)
+  a = rng.standard_normal((200, 12)) @ rng.standard_normal((12, 12)) + 1
+  b = rng.standard_normal((90, 12)) @ rng.standard_normal((12, 12))
+  s_a, s_b = np.cov(a.T), np.cov(b.T)
+  expected = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(s_a + s_b - 2 * scipy.linalg.sqrtm(s_a @ s_b).real)
+  np.testing.assert_allclose(metrics.frechet_distance(a, b), expected, rtol=1e-9)
+  np.testing.assert_allclose(metrics.frechet_distance(b, a), expected, rtol=1e-9)
+
+
+def test_frechet_of_identical_and_of_rank_deficient_sets():
+  rng = np.random.default_rng(2)
+  few = rng.standard_normal((7, 40)) * 100
+  np.testing.assert_allclose(metrics.frechet_distance(few, few), 0, atol=1e-9)
+  np.testing.assert_allclose(metrics.frechet_distance(few, few + 3), 9 * 40, rtol=1e-10)
+  # Two samples each, so of rank one: tr (S_a S_b)^1/2 = |a . b| for S = a a^T and b b^T.
+  a, b = rng.standard_normal((2, 40))
+  pair = lambda v: np.stack([v, -v]) / 2**0.5
+  expected = a @ a + b @ b - 2 * abs(a @ b)
+  np.testing.assert_allclose(metrics.frechet_distance(pair(a), pair(b)), expected, rtol=1e-10)
+  # float32 features are computed with in float64, or a large mean would lose the spread.
+  far = np.float32(few) + 2**12, np.float32(2 * few[:5]) + 2**12
+  expected = metrics.frechet_distance(*(x.astype(np.float64) for x in far))
+  np.testing.assert_allclose(metrics.frechet_distance(*far), expected, rtol=1e-10)
+
+
+def _brute_precision_recall(real, generated, k):
+  def covered(points, centres):
+    share = 0
+    for p in points:
+      inside = False
+      for i, c in enumerate(centres):
+        others = sorted(np.linalg.norm(c - o) for j, o in enumerate(centres) if j != i)
+        inside |= bool(np.linalg.norm(p - c) <= others[k - 1])
+      share += inside / len(points)
+    return share
+
+  return covered(generated, real), covered(real, generated)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_recall_against_brute_force(k):
+  rng = np.random.default_rng(3)
+  real, generated = rng.standard_normal((40, 3)), 1.3 * rng.standard_normal((30, 3)) + 1.2
+  expected = _brute_precision_recall(real, generated, k)
+  assert 0.05 < min(expected) and max(expected) < 0.95
+  np.testing.assert_allclose(metrics.precision_recall(real, generated, k), expected, rtol=1e-12)
+
+
+def test_precision_recall_of_identical_disjoint_and_mode_dropped_sets():
+  rng = np.random.default_rng(4)
+  real = rng.standard_normal((200, 4))
+  real[100:] += 50
+  assert metrics.precision_recall(real, real) == (1, 1)
+  assert metrics.precision_recall(real, real + 500) == (0, 0)
+  precision, recall = metrics.precision_recall(real, real[:100] + 0.01)
+  assert precision > 0.98 and 0.45 < recall <= 0.5
+
+
+def test_repeated_samples_cover_their_like():
+  """Radii are 0, and distances from inner products are not quite: the more so, the farther from the origin."""
+  once = np.random.default_rng(10).standard_normal((20, 300)) + 1e3
+  five, four = once.repeat(5, axis=0), once.repeat(4, axis=0)
+  for block in (3, 512):
+    assert metrics.precision_recall(five, four, block=block) == (1, 1)
+    assert metrics.precision_recall(five, four + 1e-2, block=block) == (0, 0)
+
+
+def test_blocks_do_not_change_precision_and_recall():
+  rng = np.random.default_rng(5)
+  real, generated = rng.standard_normal((101, 6)), 1.5 * rng.standard_normal((83, 6))
+  whole = metrics.precision_recall(real, generated, block=1000)
+  assert 0 < whole[0] < 1
+  for block in (1, 7, 83):
+    assert metrics.precision_recall(real, generated, block=block) == whole
+
+
+def test_class_diversity_is_the_mean_of_pair_distances():
+  rng = np.random.default_rng(6)
+  x, labels = rng.standard_normal((9, 2, 3, 1)), np.array([4, 0, 4, 0, 0, 4, 4, 7, 0])
+  x[labels == 4] *= 5
+  classes = [[np.sqrt(np.mean((x[i] - x[j]) ** 2)) for i, j in itertools.combinations(np.flatnonzero(labels == c), 2)]
+             for c in (0, 4)]
+  np.testing.assert_allclose(metrics.class_diversity(x, labels), np.mean([np.mean(c) for c in classes]), rtol=1e-12)
+
+
+def test_endpoint_error_against_brute_force():
+  rng = np.random.default_rng(7)
+  reference, labels = rng.standard_normal((9, 2, 2, 1)), np.array([4, 0, 4, 0, 0, 4, 4, 7, 0])
+  reference[labels == 4] *= 5
+  endpoints = reference + 0.3 * rng.standard_normal(reference.shape)
+  error, unrelated = [], []
+  for i in np.flatnonzero(labels != 7):
+    error.append(np.mean((endpoints[i] - reference[i]) ** 2))
+    others = [j for j in np.flatnonzero(labels == labels[i]) if j != i]
+    unrelated.append(np.mean([np.mean((reference[i] - reference[j]) ** 2) for j in others]))
+  expected = np.sqrt(np.mean(error) / np.mean(unrelated))
+  np.testing.assert_allclose(metrics.endpoint_error(endpoints, reference, labels), expected, rtol=1e-12)
+  assert metrics.endpoint_error(reference, reference, labels) == 0
+
+
+def test_endpoint_error_of_unrelated_samples_is_one():
+  rng = np.random.default_rng(8)
+  labels = np.repeat([0, 1, 2], [4000, 1000, 300])  # uneven classes of uneven spread
+  draw = lambda: (1 + 3.0 * labels[:, None]) * rng.standard_normal((len(labels), 8)) + 100 * labels[:, None]
+  np.testing.assert_allclose(metrics.endpoint_error(draw(), draw(), labels), 1, atol=0.03)
+
+
+def test_accuracy():
+  assert metrics.accuracy([1, 2, 3, 4], [1, 2, 0, 4]) == 0.75
+
+
+_X, _Y = np.random.default_rng(9).standard_normal((8, 3)), np.repeat([0, 1], 4)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: metrics.frechet_distance(_X, _X[:, :2]), "one D"),
+    (lambda: metrics.frechet_distance(_X[:, 0], _X), "one D"),
+    (lambda: metrics.frechet_distance(_X[:1], _X), "at least 2"),
+    (lambda: metrics.frechet_distance(_X, np.where(_X > 1, np.nan, _X)), "finite"),
+    (lambda: metrics.precision_recall(_X, _X[:3]), "at least 4"),
+    (lambda: metrics.precision_recall(_X, _X, k=0), "k must"),
+    (lambda: metrics.class_diversity(_X, _Y[:3]), "one a sample"),
+    (lambda: metrics.class_diversity(_X, np.arange(8)), "no class"),
+    (lambda: metrics.endpoint_error(_X, _X[:4], _Y), "one shape"),
+    (lambda: metrics.endpoint_error(_X, np.ones_like(_X), _Y), "no spread"),
+    (lambda: metrics.accuracy(_Y, _Y[:3]), "must both be"),
+    (lambda: metrics.accuracy([], []), "must both be"),
+])
+def test_bad_input_is_told_in_one_line(call, message):
+  with pytest.raises(ValueError, match=message) as error:
+    call()
+  assert "\n" not in str(error.value)

@@ -1,0 +1,49 @@
+"""Meshes, rules, and that every leaf of every run is named by a rule."""
+
+import jax
+from jax.sharding import PartitionSpec as P
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from piflow_jax import errors
+from piflow_jax import sharding
+
+
+def _tree(**leaves):
+  return {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in leaves.items()}
+
+
+def test_a_size_of_minus_one_is_inferred():
+  assert dict(sharding.make_mesh(-1, 2).shape) == {"data": 4, "fsdp": 2}
+  assert dict(sharding.make_mesh(1, -1).shape) == {"data": 1, "fsdp": 8}
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (-1, 3), (-1, -1), (0, 8), (16, 1)])
+def test_sizes_that_do_not_fit_are_named(sizes):
+  with pytest.raises(errors.UserError, match="config.mesh"):
+    sharding.make_mesh(*sizes)
+
+
+def test_first_rule_wins_and_optimizer_state_follows_its_parameter():
+  mesh, rules = sharding.make_mesh(2, 4), ((r"a/kernel", (None, "fsdp")), (r".*kernel", ("fsdp",)))
+  tree = {"params": {"a": _tree(kernel=(3, 8))}, "opt": {"mu": {"b": _tree(kernel=(8, 3))}, "count": _tree(n=())}}
+  specs = jax.tree.map(lambda s: s.spec, sharding.shardings(tree, rules, mesh))
+  assert specs == {"params": {"a": {"kernel": P(None, "fsdp")}}, "opt": {"mu": {"b": {"kernel": P("fsdp")}}, "count": {"n": P()}}}
+
+
+def test_a_leaf_without_a_rule_raises():
+  with pytest.raises(ValueError, match="no sharding rule names a/scale"):
+    sharding.shardings({"a": _tree(scale=(4,))}, ((r"kernel", ()),), sharding.make_mesh())
+
+
+def test_an_axis_that_does_not_divide_is_named():
+  with pytest.raises(errors.UserError, match="config.mesh.fsdp: 8 does not divide 12, an axis of kernel"):
+    sharding.shardings(_tree(kernel=(12,)), ((r"kernel", ("fsdp",)),), sharding.make_mesh(1, 8))
+
+
+def test_a_batch_lies_split_over_all_devices():
+  x = np.arange(16.0).reshape(16, 1)
+  placed = sharding.place_batch({"x_0": x}, sharding.make_mesh(2, 4))["x_0"]
+  np.testing.assert_array_equal(placed, x)
+  assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 1)}

@@ -1,0 +1,235 @@
+"""The step and the loop around it: same numbers on any mesh, in any number of parts, through any interruption."""
+
+import functools
+import pathlib
+import shutil
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from piflow_jax import build
+from piflow_jax import checkpoint
+from piflow_jax import errors
+from piflow_jax import params as params_lib
+from piflow_jax import sharding
+from piflow_jax import train_loop
+from piflow_jax.data import digits
+from piflow_jax.data import loader
+from tests import tiny
+
+
+def _steps(config, mesh, n, teacher_workdir=None):
+  """n updates without the loop around them: (state, losses, jitted)."""
+  run = build.run(config)
+  jitted = train_loop.compile_run(config, mesh, run)
+  teacher = None
+  if jitted["teacher"] is not None:
+    config.teacher.checkpoint = str(teacher_workdir)
+    teacher = train_loop.load_teacher(config, jitted["teacher"])
+  key = jax.random.key(config.seed)
+  state = jitted["init"](jax.random.fold_in(key, 2**31 - 1), teacher)
+  batches = loader.batches(digits.source("train"), batch_size=config.batch_size, seed=config.seed)
+  losses = []
+  for _ in range(n):
+    state, metrics = jitted["step"](state, teacher, sharding.place_batch(next(batches), mesh), key)
+    losses.append(float(metrics["loss"]))
+  return state, losses, jitted
+
+
+def _close(a, b, rtol):
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    np.testing.assert_allclose(x, y, rtol=0, atol=rtol * max(np.abs(y).max(), 1e-3), err_msg=str(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_one_device_equals_eight(role, tiny_teacher):
+  # Window and mixing on, so that every branch of the segment is in the step. Sums run in another order on a mesh; Adam
+  # divides by the root of a tiny second moment, which carries float32 rounding of a gradient near zero into a parameter.
+  fields = dict(imitation__window_substeps=2, imitation__num_decay_steps=6, flow__nfe=2, optimizer__clip_norm=1.0)
+  runs = {}
+  for sizes in ((1, 1), (8, 1), (2, 4)):
+    devices = jax.devices()[: sizes[0] * sizes[1]]
+    mesh = sharding.make_mesh(*sizes, devices=devices)
+    state, losses, _ = _steps(tiny.config(role, **fields), mesh, 5, tiny_teacher)
+    runs[sizes] = jax.device_get((state.params, state.ema)), losses
+  for sizes in ((8, 1), (2, 4)):
+    np.testing.assert_allclose(runs[sizes][1], runs[1, 1][1], rtol=2e-5)
+    _close(runs[sizes][0], runs[1, 1][0], 2e-4)
+
+
+def test_parameters_are_stored_in_parts():
+  mesh = sharding.make_mesh(1, 8)
+  jitted = train_loop.compile_run(tiny.config("teacher"), mesh, build.run(tiny.config("teacher")))
+  leaves = params_lib.named_leaves(jitted["state"])
+  for name in ("params/blocks/mlp/in/kernel", "ema/blocks/mlp/in/kernel", "opt_state/1/0/mu/blocks/mlp/in/kernel"):
+    assert "fsdp" in leaves[name].sharding.spec, name
+
+
+@pytest.mark.slow
+def test_microbatches_equal_one_batch(tiny_teacher):
+  # Draws hang on the sample, not on the microbatch it is in.
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  whole, losses, _ = _steps(tiny.config("student"), mesh, 3, tiny_teacher)
+  parts, parts_losses, _ = _steps(tiny.config("student", microbatches=4), mesh, 3, tiny_teacher)
+  np.testing.assert_allclose(parts_losses, losses, rtol=1e-5)
+  _close(parts.params, whole.params, 2e-4)
+
+
+def test_the_step_compiles_once(tiny_teacher):
+  _, _, jitted = _steps(tiny.config("student"), sharding.make_mesh(), 4, tiny_teacher)
+  assert jitted["step"]._cache_size() == 1
+
+
+def test_student_starts_at_its_teacher(tiny_teacher):
+  state, _, jitted = _steps(tiny.config("student"), sharding.make_mesh(), 0, tiny_teacher)
+  config = tiny.config("student", teacher__checkpoint=str(tiny_teacher))
+  teacher = train_loop.load_teacher(config, jitted["teacher"])
+  for name, leaf in params_lib.named_leaves(teacher).items():
+    if not name.startswith("head/"):
+      np.testing.assert_array_equal(leaf, params_lib.named_leaves(state.params)[name], err_msg=name)
+  kernel = state.params["head"]["means"]["kernel"]
+  np.testing.assert_array_equal(kernel, jnp.broadcast_to(teacher["head"]["out"]["kernel"][:, :, None], kernel.shape))
+
+
+def test_clipping_begins_when_the_warm_up_is_over():
+  config = tiny.config("teacher", optimizer__clip_norm=1e-3, optimizer__warmup_steps=2).optimizer
+  optimizer, rate = build.optimizer(config, 10)
+  np.testing.assert_allclose([rate(0), rate(1)], [1e-6, (1e-6 + 1e-3) / 2], rtol=1e-5)
+  params = {"w": jnp.ones(3)}
+  state = optimizer.init(params)
+  norms = []
+  for _ in range(4):
+    _, state = optimizer.update({"w": jnp.full(3, 2.0)}, state, params)
+    norms.append(float(state[1][0].mu["w"][0]))
+  increments = np.diff([0, *norms]) + 0.1 * np.array([0, *norms[:-1]])  # mu <- 0.9 mu + 0.1 g
+  np.testing.assert_allclose(increments / 0.1, [2, 2, 1e-3 / 3**0.5, 1e-3 / 3**0.5], rtol=1e-3)
+
+
+def _files(workdir):
+  return {p.name for p in pathlib.Path(workdir).iterdir()}
+
+
+def _checkpoint(workdir, config, step):
+  mesh = sharding.make_mesh(**config.mesh)
+  jitted = train_loop.compile_run(config, mesh, build.run(config))
+  with checkpoint.open_manager(workdir) as manager:
+    assert manager.latest_step() == step
+    return checkpoint.restore_latest(manager, jitted["state"])[1]
+
+
+def test_stopped_and_started_again_is_the_same_run(tmp_path, tiny_teacher):
+  config = functools.partial(tiny.config, "student", teacher__checkpoint=str(tiny_teacher))
+  assert train_loop.train(config(), tmp_path / "whole") == 0
+  assert train_loop.train(config(steps=2), tmp_path / "parts") == 0
+  assert train_loop.train(config(), tmp_path / "parts") == 0
+  assert tiny.metrics(tmp_path / "parts") == tiny.metrics(tmp_path / "whole")
+  a, b = (_checkpoint(tmp_path / name, config(), 4) for name in ("whole", "parts"))
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_is_the_same_run_bit_for_bit(tmp_path, tiny_teacher):
+  # 2n steps, against SIGKILL after n and the same command again; component dropout on; a process and one device each.
+  args = lambda name: tiny.command(
+      "student", tmp_path / name, "--config.steps=12", "--config.checkpoint_every=3", f"--config.teacher.checkpoint={tiny_teacher}")
+  assert tiny.run(args("whole"))[0] == 0
+  process = tiny.start(args("killed"))
+  checkpoints = tmp_path / "killed" / "checkpoints"
+  deadline = time.time() + 240
+  while not (checkpoints / "6").exists() and process.poll() is None and time.time() < deadline:
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+  before = len(tiny.metrics(tmp_path / "killed"))
+  status, out, err = tiny.run(args("killed"))
+  assert status == 0 and "going on from step" in out, err
+  assert 6 <= before < 12
+  assert tiny.metrics(tmp_path / "killed") == tiny.metrics(tmp_path / "whole")
+  config = tiny.config("student", steps=12)
+  a, b = (_checkpoint(tmp_path / name, config, 12) for name in ("whole", "killed"))
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_asks_for_a_restart(tmp_path):
+  args = tiny.command("teacher", tmp_path / "run", "--config.steps=100000", "--config.checkpoint_every=100000")
+  process = tiny.start(args)
+  deadline = time.time() + 240
+  while not (tmp_path / "run" / "metrics.jsonl").exists() or not tiny.metrics(tmp_path / "run"):
+    assert process.poll() is None and time.time() < deadline
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == train_loop.RESTART, err
+  saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+  assert len(saved) == 1 and saved[0] >= tiny.metrics(tmp_path / "run")[-1]["step"]
+  assert f"at step {saved[0]}" in err + _
+
+
+def _tear(step_folder):
+  """Cut the largest file in half, as a full disk or a dying machine would."""
+  largest = max((p for p in step_folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog):
+  config = tiny.config("teacher")
+  train_loop.train(config, tmp_path / "run")
+  shutil.copytree(tmp_path / "run", tmp_path / "whole")
+  _tear(tmp_path / "run" / "checkpoints" / "4")
+  with caplog.at_level("WARNING"):
+    assert train_loop.train(config, tmp_path / "run") == 0
+  assert any("checkpoint 4 cannot be read" in message for message in caplog.messages)
+  assert "torn_4" in _files(tmp_path / "run" / "checkpoints")
+  a, b = (_checkpoint(tmp_path / name, config, 4) for name in ("whole", "run"))
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  assert tiny.metrics(tmp_path / "run") == tiny.metrics(tmp_path / "whole")
+
+
+def test_an_unfinished_write_is_not_a_checkpoint(tmp_path):
+  config = tiny.config("teacher", steps=2)
+  train_loop.train(config, tmp_path)
+  shutil.copytree(tmp_path / "checkpoints" / "2", tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp-1")
+  state = _checkpoint(tmp_path, config, 2)
+  assert int(state.step) == 2
+
+
+def test_nothing_readable_is_said_and_nothing_is_lost(tmp_path):
+  config = tiny.config("teacher", steps=2)
+  train_loop.train(config, tmp_path)
+  _tear(tmp_path / "checkpoints" / "2")
+  with pytest.raises(errors.UserError, match="no checkpoint under .* can be read"):
+    train_loop.train(config, tmp_path)
+  assert _files(tmp_path / "checkpoints") == {"2"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+  config = tiny.config("teacher", steps=8, optimizer__learning_rate=1e30, optimizer__warmup_steps=3, checkpoint_every=1)
+  with pytest.raises(errors.NotFinite, match=r"loss is (nan|inf) at step \d"):
+    train_loop.train(config, tmp_path)
+  lines = tiny.metrics(tmp_path)
+  assert not np.isfinite(lines[-1]["loss"]) and all(np.isfinite(line["loss"]) for line in lines[:-1])
+  saved = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+  assert saved and saved[-1] < lines[-1]["step"]
+  state = _checkpoint(tmp_path, config, saved[-1])
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_pictures_and_held_out_losses_come_on_their_period(tmp_path, tiny_teacher):
+  config = tiny.config("student", teacher__checkpoint=str(tiny_teacher), eval_every=2, image_every=4)
+  train_loop.train(config, tmp_path)
+  assert [line["step"] for line in tiny.metrics(tmp_path) if "eval_loss" in line] == [2, 4]
+  assert _files(tmp_path / "pictures") == {"samples_0000004.png"}
+  assert any(p.name.startswith("events") for p in (tmp_path / "tensorboard").iterdir())
+
+
+def test_a_profile_is_traced_when_asked_for(tmp_path):
+  train_loop.train(tiny.config("teacher", steps=14, profile_steps=2), tmp_path)
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))

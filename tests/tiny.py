@@ -1,0 +1,47 @@
+"""The digits' config made small enough that a run takes seconds."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from configs import digits
+
+ROOT = pathlib.Path(__file__).parents[1]
+FIELDS = {
+    "batch_size": 16, "steps": 4, "log_every": 1, "checkpoint_every": 2, "eval_every": 0, "image_every": 0, "eval_batches": 1,
+    "network.depth": 2, "network.width": 32, "network.heads": 2, "network.unroll": 1, "policy.components": 4,
+    "policy.logstd_width": 16, "policy.dropout": 0.3, "flow.total_substeps": 16, "optimizer.warmup_steps": 2, "ema.start": 2,
+    "sampling.nfe": 1, "sampling.images": 10, "evaluation.samples": 40, "evaluation.batch_size": 40,
+}
+
+
+def config(role, **fields):
+  c = digits.get_config(role)
+  c.update_from_flattened_dict(FIELDS | {k.replace("__", "."): v for k, v in fields.items()})
+  return c
+
+
+def command(role, workdir, *arguments, program="piflow_jax.main"):
+  """The command line of a user for the same run."""
+  options = [f"--config.{k}={v}" for k, v in FIELDS.items()]
+  return [sys.executable, "-m", program, f"--config=configs/digits.py:{role}", f"--workdir={workdir}", *options, *arguments]
+
+
+def start(args, **kwargs):
+  """A program as a user starts it: one device, its own process."""
+  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+  return subprocess.Popen(args, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def run(args):
+  process = start(args)
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+def metrics(workdir):
+  """What a run logged, less what tells of time."""
+  lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+  return [{k: v for k, v in line.items() if k not in ("seconds", "steps_per_second")} for line in lines]
