@@ -1,7 +1,5 @@
 """Checkpoints by Orbax: {state, position} out and in, and a teacher's weights in. The only file that knows Orbax."""
 
-import logging as std_logging
-
 from absl import logging
 from etils import epath
 import jax
@@ -15,7 +13,6 @@ from piflow_jax import params as params_lib
 def open_manager(workdir, *, keep=2, keep_every=None):
   """The manager of workdir/checkpoints: saves in the background, commits by rename, keeps the latest and every n-th."""
   policies = [keep_lib.LatestN(keep)] + ([keep_lib.EveryNSteps(keep_every)] if keep_every else [])
-  std_logging.getLogger("absl").setLevel(std_logging.WARNING)
   options = ocp.CheckpointManagerOptions(
       preservation_policy=keep_lib.AnyPreservationPolicy(policies), enable_async_checkpointing=True)
   return ocp.CheckpointManager(epath.Path(workdir) / "checkpoints", options=options)

@@ -34,12 +34,19 @@ def run(main):
 
   def parse(argv):
     try:
-      return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
-      _fail(2, e)
+      rest = flags.FLAGS(argv)
+      CONFIG.value.seed  # a config file that is missing only says so when it is used
+      return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
+      lines = str(e).strip().splitlines()
+      # Of an error inside a config file absl gives the whole traceback: its head names the file, its end the reason.
+      _fail(2, f"{lines[0]} {lines[1]} {lines[-1]}" if "Traceback" in str(e) else e)
 
   def guarded(argv):
-    logging.set_verbosity(logging.INFO if flags.FLAGS["verbosity"].present else logging.WARNING)
+    if not flags.FLAGS["verbosity"].present:
+      # The libraries' warnings are theirs; ours are the user's.
+      logging.get_absl_logger().addFilter(lambda r: r.levelno >= logging.converter.STANDARD_ERROR or "piflow_jax" in r.pathname)
+      logging.set_verbosity(logging.WARNING)
     try:
       sys.exit(main(argv))
     except errors.UserError as e:

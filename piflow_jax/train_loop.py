@@ -195,7 +195,7 @@ def _loop(config, workdir, jitted, manager, log, watch, batches, mesh, key, stat
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
       stopping = bool(stop_asked) or manager.reached_preemption(step)
-      due = lambda every: every and done % every == 0 or done == config.steps
+      due = lambda every: bool(every) and (done % every == 0 or done == config.steps)
       if due(config.checkpoint_every) or stopping or due(config.eval_every) or due(config.image_every):
         settle()  # nothing is saved or drawn from parameters whose loss has not been looked at
       if due(config.eval_every) or due(config.image_every):

@@ -52,13 +52,13 @@ def fit_network(images, labels, seed=0):
 
 
 def train(images, labels, seed=0):
-  """A DigitClassifier of images [n, 8, 8, 1] in [-1, 1] and labels [n], the same for the same seed; raises ValueError."""
+  """A DigitClassifier of images [n, 8, 8, 1] in [-1, 1] and labels [n], alike for one seed; raises ValueError."""
   network = fit_network(images, labels, seed)
   return DigitClassifier(tuple(network.coefs_), tuple(network.intercepts_), network.classes_)
 
 
 def features(classifier, images):
-  """[n, 64] float64 activations of the last hidden layer for images [n, 8, 8, 1]; raises ValueError for other shapes."""
+  """[n, 64] float64 activations of the last hidden layer for images [n, 8, 8, 1]; raises ValueError for others."""
   x = _flat(images)
   for kernel, bias in zip(classifier.kernels[:-1], classifier.biases[:-1]):
     x = np.maximum(x @ kernel + bias, 0)

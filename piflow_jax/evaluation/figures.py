@@ -131,7 +131,7 @@ def curves(series, title, ylabel, log=True):
 
 
 def quality(rows):
-  """Bars of `frechet` and `endpoint_error` for each row of `report.write_report`; PNG bytes; a dash where there is none."""
+  """Bars of `frechet` and `endpoint_error` for rows of `report.write_report`, a dash where there is none; PNG bytes."""
   figure = _figure(860, 90 + 34 * len(rows))
   names = [f"{r['model']}, {r['calls']} call{'s' if r['calls'] != 1 else ''}" for r in rows]
   colours = [_STUDENT if r["model"] == "student" else _TEACHER for r in rows]

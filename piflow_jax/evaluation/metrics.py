@@ -29,8 +29,8 @@ def frechet_distance(features_a, features_b):
   """
   a, b = _feature_sets(features_a, features_b, least=2)
   mean_a, mean_b = a.mean(0), b.mean(0)
-  # S = R^T R, so tr (S_a S_b)^1/2 is the sum of the singular values of R_a R_b^T. No root of a covariance is taken: where a
-  # covariance is singular, a root would turn rounding errors of 1e-16 into 1e-8.
+  # S = R^T R, so tr (S_a S_b)^1/2 is the sum of the singular values of R_a R_b^T. No root of a covariance is taken:
+  # where a covariance is singular, a root would turn rounding errors of 1e-16 into 1e-8.
   root_a = np.linalg.qr(a - mean_a, mode="r") / (len(a) - 1) ** 0.5
   root_b = np.linalg.qr(b - mean_b, mode="r") / (len(b) - 1) ** 0.5
   cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
@@ -61,7 +61,7 @@ def _share_covered(points, centres, radii, block):
 
 
 def precision_recall(real, generated, k=3, *, block=512):
-  """Shares of generated samples on the real manifold and of real ones on the generated manifold (arXiv 1904.06991, eq. 1-2).
+  """Shares of generated samples on the real manifold and of real ones on the generated (arXiv 1904.06991, eq. 1-2).
 
   A manifold is the union of balls around its samples, each out to the sample's k-th nearest neighbour.
 

@@ -16,7 +16,8 @@ _COLUMNS = {  # key of a row: heading, format, what it says
     "precision": ("precision ↑", ".3f", "share of samples that lie among real ones"),
     "recall": ("recall ↑", ".3f", "share of real samples that lie among generated ones"),
     "accuracy": ("accuracy ↑", ".3f", "share of samples that a classifier reads as the class asked for"),
-    "diversity": ("diversity", ".3f", "mean rms difference of two samples of one class; the many-step teacher's is the goal"),
+    "diversity": ("diversity", ".3f",
+                  "mean rms difference of two samples of one class; the many-step teacher's is the goal"),
     "endpoint_error": ("endpoint error ↓", ".3f",
                        "rms distance from the many-step teacher's sample of the same noise; 1 = unrelated samples"),
     "seconds_per_1000": ("s / 1000", ".3g", "seconds for 1000 samples"),
@@ -85,10 +86,11 @@ def _results(rows):
   for row in rows:
     cells = "".join(f"<td>{_text(row.get(key), form)}</td>" for key, (_, form, _) in _COLUMNS.items())
     body += f'<tr class="{"student" if row.get("model") == "student" else "teacher"}">{cells}</tr>'
-  notes = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(note)}</li>" for name, _, note in _COLUMNS.values() if note)
+  notes = "".join(
+      f"<li><b>{html.escape(name)}</b>: {html.escape(note)}</li>" for name, _, note in _COLUMNS.values() if note)
   return (f'<h2>Results</h2><section><div class="wide"><table class="results"><thead><tr>{head}</tr></thead>'
-          f'<tbody>{body}</tbody></table></div><details><summary>What the columns say</summary><ul class="notes">{notes}</ul>'
-          "</details></section>")
+          f"<tbody>{body}</tbody></table></div><details><summary>What the columns say</summary>"
+          f'<ul class="notes">{notes}</ul></details></section>')
 
 
 def _checks(checks):
@@ -130,8 +132,8 @@ def write_report(folder, *, title, rows, minutes, reference, pictures, checks):
   Args:
     folder: made if need be.
     title: text.
-    rows: list of dicts {model, calls, frechet, frechet_to_teacher, precision, recall, accuracy, diversity, endpoint_error,
-      seconds_per_1000}, a row for each model and number of calls; values may be None.
+    rows: list of dicts {model, calls, frechet, frechet_to_teacher, precision, recall, accuracy, diversity,
+      endpoint_error, seconds_per_1000}, a row for each model and number of calls; values may be None.
     minutes: dict stage -> minutes it took.
     reference: dict name -> number to compare the rows with.
     pictures: dict caption -> PNG bytes.
@@ -156,7 +158,8 @@ def write_report(folder, *, title, rows, minutes, reference, pictures, checks):
   ]
   page = ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
           '<meta name="viewport" content="width=device-width, initial-scale=1">'
-          f"<title>{html.escape(title)}</title><style>{_CSS}</style></head><body><main>{''.join(body)}</main></body></html>\n")
+          f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>"
+          f"<body><main>{''.join(body)}</main></body></html>\n")
   _write(folder / "report.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
   _write(folder / "report.html", page)
   return folder / "report.html"

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.spatial
 
 from piflow_jax.evaluation import metrics
 
@@ -92,6 +93,21 @@ def test_repeated_samples_cover_their_like():
   for block in (3, 512):
     assert metrics.precision_recall(five, four, block=block) == (1, 1)
     assert metrics.precision_recall(five, four + 1e-2, block=block) == (0, 0)
+
+
+def test_precision_and_recall_do_not_depend_on_the_origin():
+  rng = np.random.default_rng(11)
+  real, generated = rng.standard_normal((60, 5)), 1.4 * rng.standard_normal((50, 5))
+  near = metrics.precision_recall(real, generated)
+  assert 0 < near[0] < 1
+  assert metrics.precision_recall(real + 1e6, generated + 1e6) == near
+
+
+def test_rounding_errors_of_distances_are_within_their_bound():
+  x = np.random.default_rng(12).standard_normal((50, 300)) + 10
+  exact = scipy.spatial.distance.cdist(x, x, "sqeuclidean")
+  for rows, d2, slack in metrics._blocks(x, x, 20):
+    assert (abs(d2 - exact[rows]) <= slack).all() and slack.max() < 1e-6
 
 
 def test_blocks_do_not_change_precision_and_recall():

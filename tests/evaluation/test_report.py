@@ -123,7 +123,8 @@ class _Page(html.parser.HTMLParser):
 
 def _write(folder, **changes):
   given = dict(
-      title="Digits <b>&", rows=ROWS, minutes={"teacher": 1.25}, reference={"real <vs> held-out": 0.5, "none": float("inf")},
+      title="Digits <b>&", rows=ROWS, minutes={"teacher": 1.25},
+      reference={"real <vs> held-out": 0.5, "none": float("inf")},
       pictures={'Samples <i>&"': figures.comparison([("a", np.zeros((2, 8, 8, 1)))]), "Second": b"not looked into"},
       checks=[("near <the> teacher", np.float64(1.5), "<= 2", np.bool_(True)), ("no figure", float("nan"), 3, False)])
   given |= changes
@@ -158,7 +159,8 @@ def test_report_html_holds_everything(tmp_path):
       "teacher", "1", "–", "0.250", "0.875", "0.750", "0.938", "0.625", "0.125", "2.5",
       "student", "1", "2.250", "0.250", "0.875", "0.750", "0.938", "0.625", "0.125", "2.5"]
   assert page.cells[30:] == ["real <vs> held-out", "0.5", "none", "–", "teacher", "1.2"]
-  for text in (given["title"], "near <the> teacher", "measured 1.5, bound <= 2", "measured –, bound 3", "1 of 2 failed"):
+  for text in (given["title"], "near <the> teacher",
+               "measured 1.5, bound <= 2", "measured –, bound 3", "1 of 2 failed"):
     assert text in page.text
   assert page.text.count("✓") == page.text.count("✗") == 1
 

@@ -1,0 +1,46 @@
+"""ImageNet-256 latents (32x32x4): the three ImageNet recipes of pi-Flow (arXiv 2510.14974, table of hyper-parameters).
+
+  python -m piflow_jax.main --config=configs/imagenet_dit.py:XL,repa-1nfe --workdir=gs://BUCKET/student \
+      --config.teacher.checkpoint=gs://BUCKET/teacher
+
+The argument is SIZE,RECIPE. Sizes: tiny, B, L, XL. Recipes:
+  repa-1nfe   GM K=32 at one call from a REPA teacher, 140k updates; paper: FID 2.85 (not run yet here)
+  repa-2nfe   the same at two calls, 24k updates; paper: FID 1.97 with a window of 3 (not run yet here)
+  fm-1nfe     GM K=32 at one call from an FM-DiT teacher, 140k updates; paper: FID 3.34 (not run yet here)
+  teacher     flow matching of such a teacher from scratch
+
+Data are synthetic latents of the right shapes until a latent cache is named in config.data.source: speed and memory can be
+looked at, quality cannot.
+"""
+
+from configs import base
+from piflow_jax import build
+from piflow_jax.models import dit
+
+RECIPES = {
+    "repa-1nfe": dict(nfe=1, steps=140_000, scale=3.2, end=0.7, time_scale=1.0, norm_eps=1e-6),
+    "repa-2nfe": dict(nfe=2, steps=24_000, scale=2.8, end=0.7, time_scale=1.0, norm_eps=1e-6),
+    "fm-1nfe": dict(nfe=1, steps=140_000, scale=2.7, end=0.6, time_scale=1000.0, norm_eps=1e-5),
+}
+
+
+def get_config(argument="XL,repa-1nfe"):
+  size, _, name = argument.partition(",")
+  if size not in dit.SIZES or name not in (*RECIPES, "teacher"):
+    raise ValueError(f"configs/imagenet_dit.py:{argument}: choose SIZE,RECIPE of {', '.join(dit.SIZES)} and "
+                     f"{', '.join(RECIPES)}, teacher")
+  c = base.get_config()
+  c.network.update(dit.SIZES[size])
+  c.batch_size = 4096
+  if name == "teacher":
+    c.method = build.flow_matching
+    c.batch_size, c.steps = 256, 400_000
+    c.optimizer.update(learning_rate=1e-4, warmup_steps=1000, b2=0.999, clip_norm=1.0)
+    c.sampling.nfe = 50
+    return c
+  r = RECIPES[name]
+  c.steps = r["steps"]
+  c.network.update(time_scale=r["time_scale"], mlp_norm_eps=r["norm_eps"])
+  c.flow.nfe = c.sampling.nfe = r["nfe"]
+  c.teacher.update(guidance_scale=r["scale"], guidance_interval=(0.0, r["end"]))
+  return c

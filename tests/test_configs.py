@@ -1,0 +1,52 @@
+"""Every config is read and run: shapes at its full size, and a real update at a tiny one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits, imagenet_dit
+from piflow_jax import build
+from piflow_jax import sharding
+from piflow_jax import train_loop
+
+# Parameters of DiT-B, L, XL at patch 2 with fixed positions (arXiv 2212.09748, table 1: 130M, 458M, 675M), less half of
+# their output layer, which there also predicts a variance.
+SIZES = {"B": 130e6, "L": 458e6, "XL": 675e6}
+
+
+@pytest.mark.parametrize("argument", ["XL,repa-1nfe", "L,repa-2nfe", "B,fm-1nfe", "XL,teacher"])
+def test_full_size_configs_trace_and_shard(argument):
+  config = imagenet_dit.get_config(argument)
+  run, mesh = build.run(config), sharding.make_mesh(2, 4)
+  jitted = train_loop.compile_run(config, mesh, run)
+  batch = {"x_0": jax.ShapeDtypeStruct((config.batch_size, *config.data.shape), jnp.float32),
+           "cond": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
+  state, metrics = jax.eval_shape(jitted["step"], jitted["state"], jitted["teacher"], batch, jax.random.key(0))
+  assert jax.tree.map(jnp.shape, state) == jax.tree.map(lambda s: s.shape, jitted["state"])
+  assert metrics["loss"].shape == ()
+  network = jitted["teacher"] or jitted["state"].params
+  count = sum(leaf.size for leaf in jax.tree.leaves(network))
+  np.testing.assert_allclose(count, SIZES[argument.split(",")[0]], rtol=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [*imagenet_dit.RECIPES])
+def test_recipes_train(recipe, tmp_path):
+  fields = dict(batch_size=8, steps=2, log_every=1, eval_every=0, image_every=0)
+  shrink = {"policy.components": 4, "policy.logstd_width": 16, "data.shape": (8, 8, 4), "flow.total_substeps": 16,
+            "optimizer.warmup_steps": 1}
+  teacher, student = imagenet_dit.get_config("tiny,teacher"), imagenet_dit.get_config(f"tiny,{recipe}")
+  for config in (teacher, student):
+    config.update_from_flattened_dict(fields | shrink)
+  teacher.network.update(time_scale=student.network.time_scale, mlp_norm_eps=student.network.mlp_norm_eps)
+  student.teacher.checkpoint = str(tmp_path / "teacher")
+  assert train_loop.train(teacher, tmp_path / "teacher") == 0
+  assert train_loop.train(student, tmp_path / "student") == 0
+
+
+def test_arguments_that_are_not_there_are_named():
+  with pytest.raises(ValueError, match="XXL,repa-1nfe: choose SIZE,RECIPE of tiny, B, L, XL"):
+    imagenet_dit.get_config("XXL,repa-1nfe")
+  with pytest.raises(ValueError, match="choose :teacher or :student"):
+    digits.get_config("janitor")
