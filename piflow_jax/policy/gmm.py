@@ -2,7 +2,8 @@
 
 Every position evolves by itself, so the arrays here hold positions on the minor axis: mixtures are [B, C, K, P] with
 P = H W, points [B, C, P]. Tiny axes (C, K) in minor place would be padded to 8 x 128 tiles on a TPU, and on a CPU
-would not fill a vector register. Nothing outside this file looks into that layout.
+would not fill a vector register. The arithmetic itself has the batch beside the positions, [C, K, B, P], so that a tile of
+few positions of many samples is one long run of numbers. Nothing outside this file looks into either layout.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from piflow_jax import flow
 from piflow_jax.models import layers
 
 
@@ -37,16 +39,49 @@ class GMPolicy:
 
   def velocity(self, x, t):
     """u = (x - E[x_0 | x_src, x]) / t; x [B, H, W, C], t [B] noise level -> [B, H, W, C]."""
-    u = -self._offset(to_positions(x), t) / jnp.maximum(t, self.eps)[:, None, None]
-    return from_positions(u, x.shape)
+    return -self._offset(x, t) / flow.broadcast_to(jnp.maximum(t, self.eps), x)
 
   def posterior_mean(self, x, t):
     """E[x_0 | x_src, x]; x [B, H, W, C], t [B] noise level -> [B, H, W, C]."""
-    return x + from_positions(self._offset(to_positions(x), t), x.shape)
+    return x + self._offset(x, t)
 
   def _offset(self, x, t):
     # With x itself as the reference point nothing large is ever subtracted from something large.
-    return x_0_offset(centred(self, x), x, t)
+    y = to_positions(x)
+    offset = x_0_offset(centred(self, y), jnp.swapaxes(y, 0, 1), t)
+    return from_positions(jnp.swapaxes(offset, 0, 1), x.shape)
+
+  def tiles(self, x):
+    """The policy and x [B, H, W, C] cut into tiles of positions that fit a CPU's cache, for a rollout's sake.
+
+    Only positions are cut: the batch may be spread over devices.
+
+    Returns:
+      (policies, points [T, C, B, p], join): `policies` has a leading axis of tiles, too; `join` turns points back into x.
+    """
+    y = to_positions(x)
+    # Around the prior mean the squares are those of the mixture's spread, and one set of them serves all substeps.
+    prior = jnp.sum(jnp.exp(self.logweights)[:, None] * self.means, axis=2) / jnp.sum(
+        jnp.exp(self.logweights), axis=1)[:, None]
+    batch, channels, positions = y.shape
+    size = _tile_size(batch, positions)
+    cut = lambda a: jnp.moveaxis(a.reshape(*a.shape[:-1], positions // size, size), -2, 0)
+    copies = lambda a: jnp.broadcast_to(a, (positions // size, *a.shape))
+    c = centred(self, prior)
+    policies = Centred(cut(c.delta), cut(c.half_square), cut(c.logweights), cut(c.reference), copies(c.var),
+                       cut(c.x_src), copies(c.t_src), c.eps)
+
+    def join(points):
+      return from_positions(jnp.moveaxis(points, 0, 2).reshape(channels, batch, positions).swapaxes(0, 1), x.shape)
+
+    return policies, cut(jnp.swapaxes(y, 0, 1)), join
+
+
+def _tile_size(batch, positions, target=1024):
+  """Positions a tile: on a CPU such that batch x tile stays in cache through all substeps; elsewhere all of them."""
+  if jax.default_backend() != "cpu":
+    return positions
+  return max(n for n in range(1, positions + 1) if positions % n == 0 and (n == 1 or n * batch <= target))
 
 
 @flax.struct.dataclass
@@ -56,21 +91,27 @@ class Centred:
   log-weights differ only by a constant, and the posterior mean moves with the reference, so the result is the same.
   """
 
-  delta: jax.Array  # [B, C, K, P], means - reference
-  half_square: jax.Array  # [B, K, P], |delta|^2 / 2
-  logweights: jax.Array  # [B, K, P]
-  reference: jax.Array  # [B, C, P]
+  delta: jax.Array  # [C, K, B, P], means - reference
+  half_square: jax.Array  # [K, B, P], |delta|^2 / 2
+  logweights: jax.Array  # [K, B, P]
+  reference: jax.Array  # [C, B, P]
   var: jax.Array  # [B]
-  x_src: jax.Array  # [B, C, P]
+  x_src: jax.Array  # [C, B, P]
   t_src: jax.Array  # [B]
   eps: float = flax.struct.field(pytree_node=False, default=1e-6)
+
+  def velocity(self, x, t):
+    """As GMPolicy's, of points [C, B, P]."""
+    return -x_0_offset(self, x, t) / jnp.maximum(t, self.eps)[None, :, None]
 
 
 def centred(policy, reference):
   """The policy around reference [B, C, P]."""
-  delta = policy.means - reference[:, :, None]
-  half_square = 0.5 * jnp.sum(delta**2, axis=1)
-  return Centred(delta, half_square, policy.logweights, reference, policy.var, policy.x_src, policy.t_src, policy.eps)
+  delta = jnp.moveaxis(policy.means - reference[:, :, None], 0, 2)
+  half_square = 0.5 * sum(delta[c] ** 2 for c in range(delta.shape[0]))
+  first = lambda a: jnp.swapaxes(a, 0, 1)
+  return Centred(delta, half_square, first(policy.logweights), first(reference), policy.var, first(policy.x_src),
+                 policy.t_src, policy.eps)
 
 
 def x_0_offset(p: Centred, x, t):
@@ -86,12 +127,12 @@ def x_0_offset(p: Centred, x, t):
 
   Args:
     p: the centred policy.
-    x: [B, C, P] points.
+    x: [C, B, P] points.
     t: [B] noise levels.
   Returns:
-    [B, C, P].
+    [C, B, P].
   """
-  column = lambda s: s[:, None, None]
+  column = lambda s: s[None, :, None]
   t = column(jnp.maximum(t, p.eps))
   t_src = column(jnp.maximum(p.t_src, p.eps))
   v = column(p.var)
@@ -105,9 +146,12 @@ def x_0_offset(p: Centred, x, t):
 
   from_reference = x - p.reference
   residual = zeta * from_reference + a * x - a_src * (p.x_src / t_src - a_src * x)
-  logits = p.logweights + inv_d * (jnp.sum(p.delta * residual[:, :, None], axis=1) - zeta * p.half_square)
-  weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True)))
-  mean = jnp.sum(weights[:, None] * p.delta, axis=2) / jnp.sum(weights, axis=1, keepdims=True)
+  # Channels are few: written out, each product is one pass over memory that vectorises. A sum over an axis does not.
+  channels = range(p.delta.shape[0])
+  likelihood = sum(p.delta[c] * residual[c][None] for c in channels)
+  logits = p.logweights + inv_d * (likelihood - zeta * p.half_square)
+  weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=0, keepdims=True)))
+  mean = jnp.stack([jnp.sum(weights * p.delta[c], axis=0) for c in channels]) / jnp.sum(weights, axis=0)[None]
   return gain * residual + inv_d * mean - from_reference + drift * p.reference
 
 

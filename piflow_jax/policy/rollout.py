@@ -15,7 +15,7 @@ def rollout(policy, x, tau_src, tau_dst, *, shift=1.0, total_substeps=128, max_s
   """Integrate dx = pi(x, t) dt from tau_src to tau_dst in max(n, 1) substeps that are equal in raw time.
 
   Args:
-    policy: pytree with `velocity(x, t)`.
+    policy: pytree with `velocity(x, t)`; one whose positions evolve by themselves may also offer `tiles(x)`.
     x: [B, H, W, C] start.
     tau_src, tau_dst: [B] raw times; a destination below 0 sets the substep's size but time stops at 0.
     shift: of `flow.warp`.
@@ -27,19 +27,28 @@ def rollout(policy, x, tau_src, tau_dst, *, shift=1.0, total_substeps=128, max_s
   n = jnp.maximum(count_substeps(tau_src, tau_dst, total_substeps), 1)
   size = (tau_src - tau_dst) / n
   n_max = n.max()
-
-  def substep(x, i):
-    def advance(x):
-      t = flow.warp(jnp.maximum(tau_src - i * size, 0), shift)
-      t_next = flow.warp(jnp.maximum(tau_src - (i + 1) * size, 0), shift)
-      step = jnp.where(i < n, t_next - t, 0)
-      return x + flow.broadcast_to(step, x) * policy.velocity(x, t)
-
-    # Training stretches are short of the bound: what no sample needs is not computed.
-    return jax.lax.cond(i < n_max, advance, lambda x: x, x), None
-
   steps = jnp.arange(max_substeps or total_substeps, dtype=tau_src.dtype)
-  return jax.lax.scan(substep, x, steps)[0]
+
+  def integrate(policy, x, batch_axis=0):
+    spread = lambda s: s.reshape((1,) * batch_axis + (-1,) + (1,) * (x.ndim - batch_axis - 1))
+
+    def substep(x, i):
+      @jax.checkpoint  # backwards, 128 substeps would otherwise keep 128 mixtures of logits
+      def advance(x):
+        t = flow.warp(jnp.maximum(tau_src - i * size, 0), shift)
+        t_next = flow.warp(jnp.maximum(tau_src - (i + 1) * size, 0), shift)
+        return x + spread(jnp.where(i < n, t_next - t, 0)) * policy.velocity(x, t)
+
+      # Training stretches are short of the bound: what no sample needs is not computed.
+      return jax.lax.cond(i < n_max, advance, lambda x: x, x), None
+
+    return jax.lax.scan(substep, x, steps)[0]
+
+  if not hasattr(policy, "tiles"):
+    return integrate(policy, x)
+  # Where each position evolves by itself, few of them at a time go through all substeps: what they read stays in cache.
+  policies, points, join = policy.tiles(x)
+  return join(jax.lax.map(lambda tile: integrate(*tile, batch_axis=1), (policies, points)))
 
 
 def average_velocity(policy, x, tau_src, tau_dst, *, shift=1.0, total_substeps=128, max_substeps=None, eps=1e-4):

@@ -48,7 +48,8 @@ def test_posterior_vectors_float64(x64, case):
   # computed here in float32 and in float64 agree with one another, and the vector is off by up to 5e-3.
   rtol = np.where(golden.scalars(data[f"{case}_sigma_t"]) > 1e-4, 1e-9, 1e-2)
   _close(grads["means"], golden.means(data[f"{case}_grad_means"]), rtol, "means")
-  _close(grads["logweights"], golden.logweights(data[f"{case}_grad_logweights"]), rtol * 10, "logweights")
+  _close(grads["logweights"], golden.logweights(data[f"{case}_grad_logweights"]), rtol * 10, "logweights",
+         atol=1e-9)  # the clamped case: zero, by the difference of terms of 1e6
   _close(grads["x"], golden.nhwc(data[f"{case}_grad_x_t"]), rtol, "x")
   _close(grads["logstd"], golden.scalars(data[f"{case}_grad_logstds"]), rtol, "logstd")
 
@@ -68,7 +69,9 @@ def test_float32_gradients_hold_at_small_noise_levels(case):
   cotangent = golden.nhwc(data[f"{case}_cotangent"])
   grads = jax.grad(lambda a: jnp.sum(value(**a) * cotangent))(args)
   t = golden.scalars(data[f"{case}_sigma_t"])
-  keep = np.asarray(t) >= 1e-3
+  # The clamped case's logits are of order 1e6: float32 does not resolve which component wins.
+  clamped = np.asarray(t) == np.float32(0.9)
+  keep = (np.asarray(t) >= 1e-3) & ~(clamped & (np.asarray(golden.scalars(data[f"{case}_sigma_t_src"])) < 0.9))
   for name, convert in (("logstd", golden.scalars), ("means", golden.means), ("logweights", golden.logweights)):
     want = convert(data[f"{case}_grad_{name.replace('logstd', 'logstds')}_f64"])
     _close(np.asarray(grads[name])[keep], np.asarray(want)[keep], 1e-2, name, atol=1e-7)
