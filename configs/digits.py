@@ -20,18 +20,17 @@ def get_config(role="student"):
   c = base.get_config()
   c.batch_size = 128
   c.data.source, c.data.shape, c.data.num_classes = digits.source, digits.SHAPE, digits.NUM_CLASSES
-  c.network.update(depth=4, width=128, heads=4, dtype="float32", remat=False, unroll=4)
+  c.network.update(depth=3, width=96, heads=3, dtype="float32", remat=False, unroll=3)
   c.policy.update(components=8, logstd_width=128)
   c.evaluation.features = digit_features.extractor
-  c.optimizer.update(learning_rate=1e-3, warmup_steps=100, clip_norm=1.0)
+  c.optimizer.update(learning_rate=1e-3, warmup_steps=100, clip_norm=1.0, schedule="cosine")
   c.ema.start = 100
   c.eval_every = c.image_every = c.checkpoint_every = 250
   if role == "teacher":
     c.method = build.flow_matching
-    c.steps = 4000
-    c.optimizer.schedule = "cosine"
+    c.steps = 2500
     c.sampling.nfe = 32
   else:
-    c.steps = 750
+    c.steps = 800
     c.teacher.checkpoint = "runs/digits/teacher"
   return c

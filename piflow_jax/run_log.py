@@ -10,8 +10,9 @@ import tensorboardX
 from piflow_jax import errors
 
 # Fields that say how a run is watched, placed or how long it is, not what it computes: these may change on a restart.
+# (Not the length of a cosine schedule, which is in every step's learning rate.)
 _FREE = ("steps", "log_every", "eval_every", "eval_batches", "image_every", "checkpoint_every", "keep_checkpoints",
-         "keep_every", "profile_steps", "mesh.", "sampling.", "evaluation.", "teacher.checkpoint")
+         "keep_every", "profile_steps", "mesh.", "sampling.", "evaluation.")
 
 
 def _plain(value):
@@ -55,7 +56,9 @@ def claim(workdir, config):
 
 
 def _compare(old, new, workdir):
-  differ = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(_FREE)]
+  fixed = ("steps",) if new.get("optimizer.schedule") == "cosine" else ()
+  differ = [k for k in sorted(old.keys() | new.keys())
+            if old.get(k) != new.get(k) and (k in fixed or not k.startswith(_FREE))]
   if differ:
     shown = "; ".join(f"config.{k} is {new.get(k)!r}, was {old.get(k)!r}" for k in differ[:3])
     more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""

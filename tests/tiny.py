@@ -12,7 +12,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 FIELDS = {
     "batch_size": 16, "steps": 4, "log_every": 1, "checkpoint_every": 2, "eval_every": 0, "image_every": 0, "eval_batches": 1,
     "network.depth": 2, "network.width": 32, "network.heads": 2, "network.unroll": 1, "policy.components": 4,
-    "policy.logstd_width": 16, "policy.dropout": 0.3, "flow.total_substeps": 16, "optimizer.warmup_steps": 2, "ema.start": 2,
+    "policy.logstd_width": 16, "policy.dropout": 0.3, "flow.total_substeps": 16, "optimizer.warmup_steps": 2, "optimizer.schedule": "constant",
+    "ema.start": 2,
     "sampling.nfe": 1, "sampling.images": 10, "evaluation.samples": 40, "evaluation.batch_size": 40,
 }
 

@@ -2,11 +2,12 @@
 
   python -m piflow_jax.evaluation.run --config=configs/digits.py:student --workdir=runs/digits/student
 
-Draws config.evaluation.samples from the teacher at 128, 4, 2 and 1 Euler steps and from the student, all from the same
-noise, and the teacher's own again from fresh noise. Leaves report.html and report.json in <workdir>/report and prints the path.
+Draws config.evaluation.samples from the teacher at 128, 4, 2 and 1 Euler steps and from the student, all from the same noise,
+and the teacher's own again from fresh noise. Leaves report.html and report.json in <workdir>/report and prints the path.
 """
 
 import functools
+import json
 import time
 
 from etils import epath
@@ -31,7 +32,7 @@ TEACHER_STEPS = (128, 4, 2, 1)
 
 
 def draw_all(draw, noise, labels, batch_size, bar):
-  """x_0 of all noises by draw(noise, cond) in batches of one shape; returns (x_0, seconds, the compiling call apart)."""
+  """x_0 of all noises by draw(noise, cond) in batches of one shape; returns (x_0, seconds without the compiling call)."""
   n = len(noise)
   pad = -n % batch_size
   noise, labels = (np.concatenate([x, x[:pad]]) for x in (noise, labels))
@@ -64,6 +65,9 @@ def evaluate(config, workdir):
     raise errors.UserError("config.evaluation.features: is empty; name a function that gives (extract, predict)")
   began = time.time()
   mesh = sharding.make_mesh(**config.mesh)
+  if c.batch_size % mesh.size:
+    raise errors.UserError(
+        f"config.evaluation.batch_size: {c.batch_size} does not divide over {mesh.size} devices; choose a multiple")
   run = build.run(config)
   if run.teacher_shapes is None:
     raise errors.UserError("config.method: this run has no teacher to be held against; evaluate a student's config")
@@ -94,20 +98,20 @@ def evaluate(config, workdir):
   with tqdm.tqdm(total=c.samples * (len(models) + 1), unit="image", desc=f"{workdir}: sampling") as bar:
     drawn = [draw_all(draw, noise, labels, c.batch_size, bar) for _, _, draw in models]
     own, _ = draw_all(models[0][2], fresh, labels, c.batch_size, bar)
-  real_features, own_features = extract(real[0]), extract(own)
+  # Held-out images, not those trained on: a teacher that learnt its data by heart must not look better for it.
+  real_features, own_features, train_features = extract(held_out[0]), extract(own), extract(real[0])
   rows = []
   for (model, calls, _), (samples, seconds) in zip(models, drawn):
     rows.append(dict(model=model, calls=calls) | measure(
         samples, labels, drawn[0][0], real_features, own_features, extract, predict)
         | dict(seconds_per_1000=seconds * 1000 / c.samples))
 
-  half = np.random.default_rng(c.seed).permutation(len(real[0]))
-  a, b = np.array_split(half, 2)
+  to_train = lambda samples: metrics.frechet_distance(train_features, extract(samples))
   reference = dict(
-      real_against_real=metrics.frechet_distance(real_features[a], real_features[b]),
-      held_out_frechet=metrics.frechet_distance(real_features, extract(held_out[0])),
-      held_out_accuracy=metrics.accuracy(predict(held_out[0]), held_out[1]),
-      teacher_fresh_frechet=metrics.frechet_distance(real_features, own_features),
+      frechet_of_train_images=metrics.frechet_distance(real_features, train_features),
+      frechet_of_fresh_teacher=metrics.frechet_distance(real_features, own_features),
+      frechet_to_train_of_teacher=to_train(drawn[0][0]), frechet_to_train_of_student=to_train(drawn[-1][0]),
+      held_out_images=len(held_out[0]), held_out_accuracy=metrics.accuracy(predict(held_out[0]), held_out[1]),
       guidance_scale=config.teacher.guidance_scale, samples=c.samples, seed=c.seed)
   shown = slice(0, 2 * classes)
   name = lambda model, calls: f"{model}, {calls} {'call' if calls == 1 else 'calls'}"
@@ -128,8 +132,8 @@ def evaluate(config, workdir):
   minutes["evaluation"] = (time.time() - began) / 60
   folder = epath.Path(workdir) / "report"
   return report.write_report(
-      folder, title=f"{workdir}: a student at {config.sampling.nfe} call(s) and its teacher", rows=rows, minutes=minutes,
-      reference=reference, pictures=pictures, checks=checks(rows))
+      folder, title=f"{workdir}: the student and its teacher", rows=rows, minutes=minutes, reference=reference,
+      pictures=pictures, checks=checks(rows))
 
 
 def checks(rows):
@@ -170,6 +174,13 @@ def _by_label(real, labels):
 def _main(argv):
   del argv
   path = evaluate(program.CONFIG.value, program.WORKDIR.value)
+  result = json.loads((path.parent / "report.json").read_text())
+  shown = ("frechet", "frechet_to_teacher", "accuracy", "diversity", "endpoint_error")
+  print(f"{'model':<8} {'calls':>5} " + " ".join(f"{name:>18}" for name in shown))
+  for row in result["rows"]:
+    print(f"{row['model']:<8} {row['calls']:>5} " + " ".join(f"{row[name]:>18.3f}" for name in shown))
+  for check in result["checks"]:
+    print(f"{'ok  ' if check['passed'] else 'MISS'} {check['text']}: {check['value']:.3f} ({check['bound']})")
   print(path)
   return 0
 
