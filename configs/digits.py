@@ -28,9 +28,10 @@ def get_config(role="student"):
   c.eval_every = c.image_every = c.checkpoint_every = 250
   if role == "teacher":
     c.method = build.flow_matching
-    c.steps = 2500
+    c.steps = 3000
+    c.optimizer.learning_rate = 2e-3
     c.sampling.nfe = 32
   else:
-    c.steps = 800
+    c.steps = 750
     c.teacher.checkpoint = "runs/digits/teacher"
   return c

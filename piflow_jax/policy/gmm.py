@@ -2,10 +2,11 @@
 
 Every position evolves by itself, so the arrays here hold positions on the minor axis: mixtures are [B, C, K, P] with
 P = H W, points [B, C, P]. Tiny axes (C, K) in minor place would be padded to 8 x 128 tiles on a TPU, and on a CPU
-would not fill a vector register. The arithmetic itself has the batch beside the positions, [C, K, B, P], so that a tile of
-few positions of many samples is one long run of numbers. Nothing outside this file looks into either layout.
+would not fill a vector register. Nothing outside this file looks into that layout.
 """
 
+import functools
+import os
 from typing import Any
 
 import flax
@@ -13,8 +14,11 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from piflow_jax import flow
 from piflow_jax.models import layers
+
+# A tile of K = 32, C = 4 then takes a third of a megabyte, which a core's own cache holds.
+TILE_LANES = 448
+MAX_LOOPS = 8  # each is compiled by itself
 
 
 @flax.struct.dataclass
@@ -39,49 +43,65 @@ class GMPolicy:
 
   def velocity(self, x, t):
     """u = (x - E[x_0 | x_src, x]) / t; x [B, H, W, C], t [B] noise level -> [B, H, W, C]."""
-    return -self._offset(x, t) / flow.broadcast_to(jnp.maximum(t, self.eps), x)
+    y = to_positions(x)
+    return from_positions(self._around(y).velocity(y, column(t)), x.shape)
 
   def posterior_mean(self, x, t):
     """E[x_0 | x_src, x]; x [B, H, W, C], t [B] noise level -> [B, H, W, C]."""
-    return x + self._offset(x, t)
+    y = to_positions(x)
+    return x + from_positions(x_0_offset(self._around(y), y, column(t)), x.shape)
 
-  def _offset(self, x, t):
+  def _around(self, x):
     # With x itself as the reference point nothing large is ever subtracted from something large.
-    y = to_positions(x)
-    offset = x_0_offset(centred(self, y), jnp.swapaxes(y, 0, 1), t)
-    return from_positions(jnp.swapaxes(offset, 0, 1), x.shape)
+    return centred(self.means, self.logweights, column(self.var), self.x_src, column(self.t_src), x, self.eps)
 
-  def tiles(self, x):
-    """The policy and x [B, H, W, C] cut into tiles of positions that fit a CPU's cache, for a rollout's sake.
+  def by_position(self, integrate, x, *times):
+    """integrate(policy, x, *times) with policy, x and times in this file's layout; x [B, H, W, C], times [B].
 
-    Only positions are cut: the batch may be spread over devices.
-
-    Returns:
-      (policies, points [T, C, B, p], join): `policies` has a leading axis of tiles, too; `join` turns points back into x.
+    All that integrate may know is that times broadcast to x. On a CPU it is called on a few positions at a time,
+    which stay in cache while it goes through all its substeps.
     """
-    y = to_positions(x)
-    # Around the prior mean the squares are those of the mixture's spread, and one set of them serves all substeps.
-    prior = jnp.sum(jnp.exp(self.logweights)[:, None] * self.means, axis=2) / jnp.sum(
-        jnp.exp(self.logweights), axis=1)[:, None]
-    batch, channels, positions = y.shape
-    size = _tile_size(batch, positions)
-    cut = lambda a: jnp.moveaxis(a.reshape(*a.shape[:-1], positions // size, size), -2, 0)
-    copies = lambda a: jnp.broadcast_to(a, (positions // size, *a.shape))
-    c = centred(self, prior)
-    policies = Centred(cut(c.delta), cut(c.half_square), cut(c.logweights), cut(c.reference), copies(c.var),
-                       cut(c.x_src), copies(c.t_src), c.eps)
+    per_position = self.means, self.logweights, self.x_src, to_positions(x)
+    per_sample = [column(s) for s in (self.var, self.t_src, *times)]
 
-    def join(points):
-      return from_positions(jnp.moveaxis(points, 0, 2).reshape(channels, batch, positions).swapaxes(0, 1), x.shape)
+    def run(means, logweights, x_src, x, var, t_src, *times, unrolled=False):
+      # A reference that does not move with x lets all substeps share delta and its squares.
+      prior = jnp.exp(logweights)
+      prior_mean = jnp.sum(prior[:, None] * means, axis=2) / jnp.sum(prior, axis=1, keepdims=True)
+      return integrate(centred(means, logweights, var, x_src, t_src, prior_mean, self.eps, unrolled), x, *times)
 
-    return policies, cut(jnp.swapaxes(y, 0, 1)), join
+    y = jax.lax.platform_dependent(
+        per_position, per_sample, cpu=functools.partial(map_tiles, functools.partial(run, unrolled=True)),
+        default=lambda per_position, per_sample: run(*per_position, *per_sample))
+    return from_positions(y, x.shape)
 
 
-def _tile_size(batch, positions, target=1024):
-  """Positions a tile: on a CPU such that batch x tile stays in cache through all substeps; elsewhere all of them."""
-  if jax.default_backend() != "cpu":
-    return positions
-  return max(n for n in range(1, positions + 1) if positions % n == 0 and (n == 1 or n * batch <= target))
+def map_tiles(f, per_position, per_sample, *, lanes=TILE_LANES, loops=None):
+  """f of arrays [B, ..., P] and [B, 1, 1], called on one tile of positions at a time; -> [B, C, P].
+
+  A tile is [1, ..., L], its lanes L being p positions of all B samples: the batch may be split over devices and is
+  not cut. One loop for each core of a device, as XLA's CPU backend runs loops side by side that do not depend on one
+  another.
+  """
+  b, n = per_position[0].shape[0], per_position[0].shape[-1]
+  loops = loops or min(max(os.cpu_count() // jax.local_device_count(), 1), MAX_LOOPS)
+  # Rows an odd multiple of B apart do not all fall into the same few sets of the cache.
+  p = min(max(lanes // b, 1), n)
+  p -= p % 2 == 0
+  loops = min(loops, -(-n // p))
+  each = -(-n // (p * loops))
+
+  def cut(a):
+    a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, loops * each * p - n)])
+    a = jnp.moveaxis(a.reshape(*a.shape[:-1], loops * each, p), (-2, 0), (0, -2))  # [tiles, ..., B, p]
+    return a.reshape(loops * each, 1, *a.shape[1:-2], b * p)
+
+  tiles = [cut(a) for a in per_position]
+  per_lane = [jnp.broadcast_to(s, (b, 1, p)).reshape(1, 1, b * p) for s in per_sample]
+  y = jnp.concatenate([
+      jax.lax.map(lambda tile: f(*tile, *per_lane), [a[i * each:(i + 1) * each] for a in tiles]) for i in range(loops)])
+  y = jnp.moveaxis(y.reshape(loops * each, -1, b, p), (2, 1), (0, 1))
+  return y.reshape(b, -1, loops * each * p)[..., :n]
 
 
 @flax.struct.dataclass
@@ -89,29 +109,28 @@ class Centred:
   """A policy with its means given relative to a reference point, which is what keeps float32 exact enough.
 
   log-weights differ only by a constant, and the posterior mean moves with the reference, so the result is the same.
+  What belongs to a sample broadcasts against its points: [B, 1, 1], or [1, 1, P] where the positions are of many samples.
   """
 
-  delta: jax.Array  # [C, K, B, P], means - reference
-  half_square: jax.Array  # [K, B, P], |delta|^2 / 2
-  logweights: jax.Array  # [K, B, P]
-  reference: jax.Array  # [C, B, P]
-  var: jax.Array  # [B]
-  x_src: jax.Array  # [C, B, P]
-  t_src: jax.Array  # [B]
+  delta: jax.Array  # [B, C, K, P], means - reference
+  half_square: jax.Array  # [B, K, P], |delta|^2 / 2
+  logweights: jax.Array  # [B, K, P]
+  reference: jax.Array  # [B, C, P]
+  var: jax.Array  # [B, 1, 1]
+  x_src: jax.Array  # [B, C, P]
+  t_src: jax.Array  # [B, 1, 1]
   eps: float = flax.struct.field(pytree_node=False, default=1e-6)
+  unrolled: bool = flax.struct.field(pytree_node=False, default=False)  # sums over components written out
 
   def velocity(self, x, t):
-    """As GMPolicy's, of points [C, B, P]."""
-    return -x_0_offset(self, x, t) / jnp.maximum(t, self.eps)[None, :, None]
+    """As the policy's, in this layout; x [B, C, P], t [B, 1, 1]."""
+    return -x_0_offset(self, x, t) / jnp.maximum(t, self.eps)
 
 
-def centred(policy, reference):
-  """The policy around reference [B, C, P]."""
-  delta = jnp.moveaxis(policy.means - reference[:, :, None], 0, 2)
-  half_square = 0.5 * sum(delta[c] ** 2 for c in range(delta.shape[0]))
-  first = lambda a: jnp.swapaxes(a, 0, 1)
-  return Centred(delta, half_square, first(policy.logweights), first(reference), policy.var, first(policy.x_src),
-                 policy.t_src, policy.eps)
+def centred(means, logweights, var, x_src, t_src, reference, eps, unrolled=False):
+  """The mixture around reference [B, C, P]."""
+  delta = means - reference[:, :, None]
+  return Centred(delta, 0.5 * jnp.sum(delta**2, axis=1), logweights, reference, var, x_src, t_src, eps, unrolled)
 
 
 def x_0_offset(p: Centred, x, t):
@@ -127,32 +146,60 @@ def x_0_offset(p: Centred, x, t):
 
   Args:
     p: the centred policy.
-    x: [C, B, P] points.
-    t: [B] noise levels.
+    x: [B, C, P] points.
+    t: [B, 1, 1] noise levels.
   Returns:
-    [C, B, P].
+    [B, C, P].
   """
-  column = lambda s: s[None, :, None]
-  t = column(jnp.maximum(t, p.eps))
-  t_src = column(jnp.maximum(p.t_src, p.eps))
-  v = column(p.var)
+  t, t_src, v = jnp.maximum(t, p.eps), jnp.maximum(p.t_src, p.eps), p.var
   a, a_src = (1 - t) / t, (1 - t_src) / t_src
   zeta = (a - a_src) * (a + a_src)
   d = v * zeta + 1
   open_ = d > p.eps
-  inv_d = 1 / jnp.maximum(d, p.eps)
+  floored = jnp.maximum(d, p.eps)
   drift = jnp.where(open_, 0.0, d / p.eps - 1)
   gain = jnp.where(open_, 1 / jnp.where(open_, 1 / v + zeta, 1.0), v / p.eps)  # v / d
 
   from_reference = x - p.reference
   residual = zeta * from_reference + a * x - a_src * (p.x_src / t_src - a_src * x)
-  # Channels are few: written out, each product is one pass over memory that vectorises. A sum over an axis does not.
-  channels = range(p.delta.shape[0])
-  likelihood = sum(p.delta[c] * residual[c][None] for c in channels)
-  logits = p.logweights + inv_d * (likelihood - zeta * p.half_square)
-  weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=0, keepdims=True)))
-  mean = jnp.stack([jnp.sum(weights * p.delta[c], axis=0) for c in channels]) / jnp.sum(weights, axis=0)[None]
-  return gain * residual + inv_d * mean - from_reference + drift * p.reference
+  mean = (mean_delta_unrolled if p.unrolled else mean_delta)(
+      p.delta, p.half_square, p.logweights, residual, zeta, floored)
+  return gain * residual + mean / floored - from_reference + drift * p.reference
+
+
+def mean_delta(delta, half_square, logweights, residual, zeta, d):
+  """sum_k w_k delta_k, the weights having moved by (delta_k . residual - zeta half_square_k) / d; [B, C, P]."""
+  shift = jnp.sum(delta * (residual / d)[:, :, None], axis=1) - (zeta / d) * half_square
+  logits = logweights + shift
+  weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True)))
+  return jnp.sum(weights[:, None] * delta, axis=2) / jnp.sum(weights, axis=1, keepdims=True)
+
+
+@jax.custom_vjp
+def mean_delta_unrolled(delta, half_square, logweights, residual, zeta, d):
+  """`mean_delta` as XLA's CPU backend does it fast: loops over positions alone, which it vectorises.
+
+  That backend computes again, for each reader, whatever it broadcasts, unless a division comes last. Hence one in each
+  of what the components share.
+  """
+  components = range(delta.shape[2])
+  logits = logweights - half_square * (zeta / d)
+  for c in range(delta.shape[1]):
+    logits += delta[:, c] * (residual[:, c:c + 1] / d)
+  largest = functools.reduce(jnp.maximum, [logits[:, k:k + 1] for k in components]) * d / d
+  weights = jnp.exp(logits - largest)
+  mean = sum(weights[:, k:k + 1] * delta[:, :, k] for k in components)
+  return mean / sum(weights[:, k:k + 1] for k in components)
+
+
+# Derivatives are those of the short form: written out, each component's slice would become a sum over the whole.
+mean_delta_unrolled.defvjp(
+    lambda *args: (mean_delta_unrolled(*args), args), lambda args, g: jax.vjp(mean_delta, *args)[1](g))
+
+
+def column(s):
+  """[B] -> [B, 1, 1]."""
+  return s[:, None, None]
 
 
 def to_positions(x):

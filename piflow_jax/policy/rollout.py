@@ -15,7 +15,7 @@ def rollout(policy, x, tau_src, tau_dst, *, shift=1.0, total_substeps=128, max_s
   """Integrate dx = pi(x, t) dt from tau_src to tau_dst in max(n, 1) substeps that are equal in raw time.
 
   Args:
-    policy: pytree with `velocity(x, t)`; one whose positions evolve by themselves may also offer `tiles(x)`.
+    policy: pytree with `velocity(x, t)`; it may offer `by_position` (see gmm.py) to be integrated in its own layout.
     x: [B, H, W, C] start.
     tau_src, tau_dst: [B] raw times; a destination below 0 sets the substep's size but time stops at 0.
     shift: of `flow.warp`.
@@ -25,30 +25,22 @@ def rollout(policy, x, tau_src, tau_dst, *, shift=1.0, total_substeps=128, max_s
     x at tau_dst, [B, H, W, C].
   """
   n = jnp.maximum(count_substeps(tau_src, tau_dst, total_substeps), 1)
-  size = (tau_src - tau_dst) / n
   n_max = n.max()
   steps = jnp.arange(max_substeps or total_substeps, dtype=tau_src.dtype)
 
-  def integrate(policy, x, batch_axis=0):
-    spread = lambda s: s.reshape((1,) * batch_axis + (-1,) + (1,) * (x.ndim - batch_axis - 1))
+  def integrate(policy, x, tau_src, n, size):
+    def advance(x, i):
+      t = flow.warp(jnp.maximum(tau_src - i * size, 0), shift)
+      t_next = flow.warp(jnp.maximum(tau_src - (i + 1) * size, 0), shift)
+      step = jnp.where(i < n, t_next - t, 0)
+      return x + flow.broadcast_to(step, x) * policy.velocity(x, t)
 
-    def substep(x, i):
-      @jax.checkpoint  # backwards, 128 substeps would otherwise keep 128 mixtures of logits
-      def advance(x):
-        t = flow.warp(jnp.maximum(tau_src - i * size, 0), shift)
-        t_next = flow.warp(jnp.maximum(tau_src - (i + 1) * size, 0), shift)
-        return x + spread(jnp.where(i < n, t_next - t, 0)) * policy.velocity(x, t)
+    # Training stretches are short of the bound: what no sample needs is not computed. Backwards only x is remembered.
+    substep = jax.checkpoint(lambda x, i: jax.lax.cond(i < n_max, advance, lambda x, i: x, x, i), prevent_cse=False)
+    return jax.lax.scan(lambda x, i: (substep(x, i), None), x, steps)[0]
 
-      # Training stretches are short of the bound: what no sample needs is not computed.
-      return jax.lax.cond(i < n_max, advance, lambda x: x, x), None
-
-    return jax.lax.scan(substep, x, steps)[0]
-
-  if not hasattr(policy, "tiles"):
-    return integrate(policy, x)
-  # Where each position evolves by itself, few of them at a time go through all substeps: what they read stays in cache.
-  policies, points, join = policy.tiles(x)
-  return join(jax.lax.map(lambda tile: integrate(*tile, batch_axis=1), (policies, points)))
+  by_position = getattr(policy, "by_position", lambda integrate, *args: integrate(policy, *args))
+  return by_position(integrate, x, tau_src, n, (tau_src - tau_dst) / n)
 
 
 def average_velocity(policy, x, tau_src, tau_dst, *, shift=1.0, total_substeps=128, max_substeps=None, eps=1e-4):

@@ -95,3 +95,31 @@ def test_samples_that_are_done_hold_still_and_the_rest_go_on():
     np.testing.assert_allclose(together[one], alone, rtol=1e-6, atol=1e-6)
   bounded = lib.rollout(policy, x, src, dst, total_substeps=32, max_substeps=16)
   np.testing.assert_array_equal(together, bounded)
+
+
+def test_rollout_is_the_exact_flow_when_the_mixture_is_the_data(x64):
+  """Data: five Gaussians in a plane. The policy made at pure noise from that mixture, against scipy on the exact velocity."""
+  from scipy import integrate
+  import scipy.special
+
+  mu = np.array(jax.random.normal(jax.random.key(0), (2, 5)))  # [C, K]
+  weights, var, noise = np.array([0.1, 0.3, 0.2, 0.25, 0.15]), 0.04, np.array(jax.random.normal(jax.random.key(1), (2, 6)))
+
+  def exact_velocity(t, x):  # E[noise - x_0 | x_t = x], by Bayes' rule over components of the marginal at t
+    x, a = x.reshape(2, 6), 1 - t
+    total = a**2 * var + t**2
+    distance = x[:, None] - a * mu[:, :, None]
+    w = scipy.special.softmax(np.log(weights)[:, None] - (distance**2).sum(0) / (2 * total), axis=0)
+    x_0 = (w * (mu[:, :, None] + a * var / total * distance)).sum(1)
+    return ((x - x_0) / t).ravel()
+
+  end = 0.01
+  exact = integrate.solve_ivp(exact_velocity, (1, end), noise.ravel(), rtol=1e-10, atol=1e-10).y[:, -1].reshape(2, 6)
+  policy = gmm.GMPolicy(
+      jnp.broadcast_to(jnp.asarray(mu)[None, :, :, None], (1, 2, 5, 6)), jnp.log(jnp.asarray(weights))[None, :, None] + jnp.zeros((1, 5, 6)),
+      jnp.array([var]), jnp.asarray(noise)[None], jnp.ones(1), 1e-6)
+  x = gmm.from_positions(jnp.asarray(noise)[None], (1, 2, 3, 2))
+  run = lambda n: np.asarray(gmm.to_positions(lib.rollout(policy, x, jnp.ones(1), jnp.array([end]), total_substeps=n)))[0]
+  coarse, fine = run(2048), run(4096)
+  np.testing.assert_allclose(np.abs(coarse - exact).max() / np.abs(fine - exact).max(), 2, rtol=0.1)  # Euler: first order
+  np.testing.assert_allclose(2 * fine - coarse, exact, atol=1.5e-5)  # and its limit is the exact flow
