@@ -1,5 +1,7 @@
 """Checkpoints by Orbax: {state, position} out and in, and a teacher's weights in. The only file that knows Orbax."""
 
+import os
+
 from absl import logging
 from etils import epath
 import jax
@@ -15,7 +17,12 @@ def open_manager(workdir, *, keep=2, keep_every=None):
   policies = [keep_lib.LatestN(keep)] + ([keep_lib.EveryNSteps(keep_every)] if keep_every else [])
   options = ocp.CheckpointManagerOptions(
       preservation_policy=keep_lib.AnyPreservationPolicy(policies), enable_async_checkpointing=True)
-  return ocp.CheckpointManager(epath.Path(workdir) / "checkpoints", options=options)
+  return ocp.CheckpointManager(_folder(workdir), options=options)
+
+
+def _folder(workdir):
+  """Where a workdir's checkpoints are, absolute, as Orbax wants local paths."""
+  return epath.Path(workdir if "://" in str(workdir) else os.path.abspath(workdir)) / "checkpoints"
 
 
 def save(manager, step, state, position):
@@ -69,19 +76,19 @@ def load_weights(workdir, abstract_params, which, field):
   Raises:
     errors.UserError: no such run, one that is not a checkpoint of this program, or shapes that do not fit.
   """
-  folder = epath.Path(workdir) / "checkpoints"
+  folder = _folder(workdir)
   if not folder.exists():
-    raise errors.UserError(f"{field}: no checkpoint in {workdir!r} (no folder {folder}); give a finished run's workdir")
+    raise errors.UserError(f"{field}: no checkpoint in {str(workdir)!r} (no folder {folder}); give a finished run's workdir")
   with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
     step = manager.latest_step()
     if step is None:
-      raise errors.UserError(f"{field}: no finished checkpoint in {workdir!r}; let that run save one first")
+      raise errors.UserError(f"{field}: no finished checkpoint in {str(workdir)!r}; let that run save one first")
     try:
       shapes = _shapes(folder / str(step) / "state")[which]
     except Exception as e:
       raise errors.UserError(f"{field}: {folder}/{step} is not a checkpoint of this program ({type(e).__name__}); "
                              "give the workdir of a training run") from e
-    _check_shapes(params_lib.named_leaves(abstract_params), params_lib.named_leaves(shapes), f"{field}: {workdir!r}")
+    _check_shapes(params_lib.named_leaves(abstract_params), params_lib.named_leaves(shapes), f"{field}: {str(workdir)!r}")
     restore_args = ocp.checkpoint_utils.construct_restore_args({which: abstract_params})
     restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
         {which: abstract_params}, restore_args=restore_args, partial_restore=True)))

@@ -222,6 +222,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
+def test_a_relative_workdir_will_do(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert train_loop.train(tiny.config("teacher"), "here/teacher") == 0
+  student = tiny.config("student", teacher__checkpoint="here/teacher", steps=1)
+  assert train_loop.train(student, "here/student") == 0
+  assert (tmp_path / "here" / "student" / "checkpoints" / "1").exists()
+
+
 def test_pictures_and_held_out_losses_come_on_their_period(tmp_path, tiny_teacher):
   config = tiny.config("student", teacher__checkpoint=str(tiny_teacher), eval_every=2, image_every=4)
   train_loop.train(config, tmp_path)
