@@ -137,7 +137,8 @@ def test_stopped_and_started_again_is_the_same_run(tmp_path, tiny_teacher):
 def test_killed_and_started_again_is_the_same_run_bit_for_bit(tmp_path, tiny_teacher):
   # 2n steps, against SIGKILL after n and the same command again; component dropout on; a process and one device each.
   args = lambda name: tiny.command(
-      "student", tmp_path / name, "--config.steps=12", "--config.checkpoint_every=3", f"--config.teacher.checkpoint={tiny_teacher}")
+      "student", tmp_path / name, "--config.steps=12", "--config.checkpoint_every=3",
+      f"--config.teacher.checkpoint={tiny_teacher}")
   assert tiny.run(args("whole"))[0] == 0
   process = tiny.start(args("killed"))
   checkpoints = tmp_path / "killed" / "checkpoints"

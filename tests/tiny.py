@@ -10,7 +10,8 @@ from configs import digits
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIELDS = {
-    "batch_size": 16, "steps": 4, "log_every": 1, "checkpoint_every": 2, "eval_every": 0, "image_every": 0, "eval_batches": 1,
+    "batch_size": 16, "steps": 4, "log_every": 1, "checkpoint_every": 2, "eval_every": 0, "image_every": 0,
+    "eval_batches": 1,
     "network.depth": 2, "network.width": 32, "network.heads": 2, "network.unroll": 1, "policy.components": 4,
     "policy.logstd_width": 16, "policy.dropout": 0.3, "flow.total_substeps": 16, "optimizer.warmup_steps": 2, "optimizer.schedule": "constant",
     "ema.start": 2,

@@ -6,7 +6,6 @@ would not fill a vector register. Nothing outside this file looks into that layo
 """
 
 import functools
-import os
 from typing import Any
 
 import flax
@@ -18,7 +17,6 @@ from piflow_jax.models import layers
 
 # A tile of K = 32, C = 4 then takes a third of a megabyte, which a core's own cache holds.
 TILE_LANES = 448
-MAX_LOOPS = 8  # each is compiled by itself
 
 
 @flax.struct.dataclass
@@ -66,8 +64,7 @@ class GMPolicy:
 
     def run(means, logweights, x_src, x, var, t_src, *times, unrolled=False):
       # A reference that does not move with x lets all substeps share delta and its squares.
-      prior = jnp.exp(logweights)
-      prior_mean = jnp.sum(prior[:, None] * means, axis=2) / jnp.sum(prior, axis=1, keepdims=True)
+      prior_mean = weighted_mean(jnp.exp(logweights), means)
       return integrate(centred(means, logweights, var, x_src, t_src, prior_mean, self.eps, unrolled), x, *times)
 
     y = jax.lax.platform_dependent(
@@ -76,32 +73,26 @@ class GMPolicy:
     return from_positions(y, x.shape)
 
 
-def map_tiles(f, per_position, per_sample, *, lanes=TILE_LANES, loops=None):
+def map_tiles(f, per_position, per_sample, *, lanes=TILE_LANES):
   """f of arrays [B, ..., P] and [B, 1, 1], called on one tile of positions at a time; -> [B, C, P].
 
   A tile is [1, ..., L], its lanes L being p positions of all B samples: the batch may be split over devices and is
-  not cut. One loop for each core of a device, as XLA's CPU backend runs loops side by side that do not depend on one
-  another.
+  not cut.
   """
   b, n = per_position[0].shape[0], per_position[0].shape[-1]
-  loops = loops or min(max(os.cpu_count() // jax.local_device_count(), 1), MAX_LOOPS)
-  # Rows an odd multiple of B apart do not all fall into the same few sets of the cache.
   p = min(max(lanes // b, 1), n)
-  p -= p % 2 == 0
-  loops = min(loops, -(-n // p))
-  each = -(-n // (p * loops))
+  p -= p % 2 == 0  # rows an odd multiple of B apart do not all fall into the same few sets of the cache
+  tiles = -(-n // p)
 
   def cut(a):
-    a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, loops * each * p - n)])
-    a = jnp.moveaxis(a.reshape(*a.shape[:-1], loops * each, p), (-2, 0), (0, -2))  # [tiles, ..., B, p]
-    return a.reshape(loops * each, 1, *a.shape[1:-2], b * p)
+    a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, tiles * p - n)])
+    a = jnp.moveaxis(a.reshape(*a.shape[:-1], tiles, p), (-2, 0), (0, -2))  # [tiles, ..., B, p]
+    return a.reshape(tiles, 1, *a.shape[1:-2], b * p)
 
-  tiles = [cut(a) for a in per_position]
   per_lane = [jnp.broadcast_to(s, (b, 1, p)).reshape(1, 1, b * p) for s in per_sample]
-  y = jnp.concatenate([
-      jax.lax.map(lambda tile: f(*tile, *per_lane), [a[i * each:(i + 1) * each] for a in tiles]) for i in range(loops)])
-  y = jnp.moveaxis(y.reshape(loops * each, -1, b, p), (2, 1), (0, 1))
-  return y.reshape(b, -1, loops * each * p)[..., :n]
+  y = jax.lax.map(lambda tile: f(*tile, *per_lane), [cut(a) for a in per_position])
+  y = jnp.moveaxis(y.reshape(tiles, -1, b, p), (2, 1), (0, 1))
+  return y.reshape(b, -1, tiles * p)[..., :n]
 
 
 @flax.struct.dataclass
@@ -109,7 +100,7 @@ class Centred:
   """A policy with its means given relative to a reference point, which is what keeps float32 exact enough.
 
   log-weights differ only by a constant, and the posterior mean moves with the reference, so the result is the same.
-  What belongs to a sample broadcasts against its points: [B, 1, 1], or [1, 1, P] where the positions are of many samples.
+  What belongs to a sample broadcasts against its points: [B, 1, 1], or [1, 1, P] where positions are of many samples.
   """
 
   delta: jax.Array  # [B, C, K, P], means - reference
@@ -130,7 +121,8 @@ class Centred:
 def centred(means, logweights, var, x_src, t_src, reference, eps, unrolled=False):
   """The mixture around reference [B, C, P]."""
   delta = means - reference[:, :, None]
-  return Centred(delta, 0.5 * jnp.sum(delta**2, axis=1), logweights, reference, var, x_src, t_src, eps, unrolled)
+  half_square = 0.5 * sum(delta[:, c] ** 2 for c in range(delta.shape[1]))
+  return Centred(delta, half_square, logweights, reference, var, x_src, t_src, eps, unrolled)
 
 
 def x_0_offset(p: Centred, x, t):
@@ -169,32 +161,57 @@ def x_0_offset(p: Centred, x, t):
 
 def mean_delta(delta, half_square, logweights, residual, zeta, d):
   """sum_k w_k delta_k, the weights having moved by (delta_k . residual - zeta half_square_k) / d; [B, C, P]."""
-  shift = jnp.sum(delta * (residual / d)[:, :, None], axis=1) - (zeta / d) * half_square
-  logits = logweights + shift
-  weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True)))
-  return jnp.sum(weights[:, None] * delta, axis=2) / jnp.sum(weights, axis=1, keepdims=True)
+  pull = residual / d
+  logits = logweights - (zeta / d) * half_square
+  for c in range(delta.shape[1]):
+    logits += delta[:, c] * pull[:, c, None]
+  return weighted_mean(jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))), delta)
+
+
+def weighted_mean(weights, x):
+  """Weights [B, K, P] of x [B, C, K, P] -> [B, C, P]; channels are few, written out each is a pass that vectorises."""
+  sums = [jnp.sum(weights * x[:, c], axis=1) for c in range(x.shape[1])]
+  return jnp.stack(sums, axis=1) / jnp.sum(weights, axis=1, keepdims=True)
 
 
 @jax.custom_vjp
 def mean_delta_unrolled(delta, half_square, logweights, residual, zeta, d):
-  """`mean_delta` as XLA's CPU backend does it fast: loops over positions alone, which it vectorises.
+  """`mean_delta` of a tile as XLA's CPU backend does it fast: loops over positions alone, which it vectorises."""
+  weights, total = _unrolled_weights(delta, half_square, logweights, residual, zeta, d)
+  return _unrolled(lambda k: weights[:, k:k + 1] * delta[:, :, k], delta) / total
 
-  That backend computes again, for each reader, whatever it broadcasts, unless a division comes last. Hence one in each
-  of what the components share.
-  """
-  components = range(delta.shape[2])
+
+def _unrolled(row, delta, add=jnp.add):
+  return functools.reduce(add, [row(k) for k in range(delta.shape[2])])
+
+
+def _unrolled_weights(delta, half_square, logweights, residual, zeta, d):
+  # That backend computes again, for each reader, whatever it broadcasts, unless a division comes last. Hence one in
+  # each thing that the components share.
   logits = logweights - half_square * (zeta / d)
   for c in range(delta.shape[1]):
     logits += delta[:, c] * (residual[:, c:c + 1] / d)
-  largest = functools.reduce(jnp.maximum, [logits[:, k:k + 1] for k in components]) * d / d
-  weights = jnp.exp(logits - largest)
-  mean = sum(weights[:, k:k + 1] * delta[:, :, k] for k in components)
-  return mean / sum(weights[:, k:k + 1] for k in components)
+  weights = jnp.exp(logits - _unrolled(lambda k: logits[:, k:k + 1], delta, jnp.maximum) * d / d)
+  return weights, _unrolled(lambda k: weights[:, k:k + 1], delta)
 
 
-# Derivatives are those of the short form: written out, each component's slice would become a sum over the whole.
-mean_delta_unrolled.defvjp(
-    lambda *args: (mean_delta_unrolled(*args), args), lambda args, g: jax.vjp(mean_delta, *args)[1](g))
+def _unrolled_backward(args, g):
+  # By hand: the derivative of each component's slice would be a sum over all of the mixture.
+  delta, half_square, _, residual, zeta, d = args
+  weights, total = _unrolled_weights(*args)
+  mean = _unrolled(lambda k: weights[:, k:k + 1] * delta[:, :, k], delta) / total
+  g = g / total
+  centre = sum(g[:, c:c + 1] * mean[:, c:c + 1] for c in range(delta.shape[1])) * d / d
+  pull, pull_zeta = residual / d, zeta / d
+  d_logits = weights * (sum(g[:, c:c + 1] * delta[:, c] for c in range(delta.shape[1])) - centre)
+  d_delta = weights[:, None] * g[:, :, None] + d_logits[:, None] * pull[:, :, None]
+  d_pull = _unrolled(lambda k: d_logits[:, k:k + 1] * delta[:, :, k], delta) / d
+  d_zeta = -_unrolled(lambda k: d_logits[:, k:k + 1] * half_square[:, k:k + 1], delta) / d
+  d_d = -jnp.sum(d_pull * pull, axis=1, keepdims=True) - d_zeta * pull_zeta
+  return d_delta, -pull_zeta * d_logits, d_logits, d_pull, d_zeta, d_d
+
+
+mean_delta_unrolled.defvjp(lambda *args: (mean_delta_unrolled(*args), args), _unrolled_backward)
 
 
 def column(s):

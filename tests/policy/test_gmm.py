@@ -46,7 +46,10 @@ def test_posterior_vectors_float64(x64, case):
   grads = jax.grad(lambda a: jnp.sum(value(**a) * cotangent))(args)
   # At t = 1e-4 and below the vectors carry rounding of their own, of terms of 1 / t^4 that cancel: there the gradient
   # computed here in float32 and in float64 agree with one another, and the vector is off by up to 5e-3.
-  rtol = np.where(golden.scalars(data[f"{case}_sigma_t"]) > 1e-4, 1e-9, 1e-2)
+  t, t_src = (np.asarray(golden.scalars(data[f"{case}_{name}"])) for name in ("sigma_t", "sigma_t_src"))
+  rtol = np.where(t > 1e-4, 1e-9, 1e-2)
+  # Where d is clamped at 1e-6 everything is a million times larger, rounding included.
+  rtol = np.where((t > t_src) & (t == 0.9), 1e-7, rtol)
   _close(grads["means"], golden.means(data[f"{case}_grad_means"]), rtol, "means")
   _close(grads["logweights"], golden.logweights(data[f"{case}_grad_logweights"]), rtol * 10, "logweights",
          atol=1e-9)  # the clamped case: zero, by the difference of terms of 1e6

@@ -103,7 +103,8 @@ def test_rollout_is_the_exact_flow_when_the_mixture_is_the_data(x64):
   import scipy.special
 
   mu = np.array(jax.random.normal(jax.random.key(0), (2, 5)))  # [C, K]
-  weights, var, noise = np.array([0.1, 0.3, 0.2, 0.25, 0.15]), 0.04, np.array(jax.random.normal(jax.random.key(1), (2, 6)))
+  weights, var = np.array([0.1, 0.3, 0.2, 0.25, 0.15]), 0.04
+  noise = np.array(jax.random.normal(jax.random.key(1), (2, 6)))
 
   def exact_velocity(t, x):  # E[noise - x_0 | x_t = x], by Bayes' rule over components of the marginal at t
     x, a = x.reshape(2, 6), 1 - t
@@ -116,8 +117,9 @@ def test_rollout_is_the_exact_flow_when_the_mixture_is_the_data(x64):
   end = 0.01
   exact = integrate.solve_ivp(exact_velocity, (1, end), noise.ravel(), rtol=1e-10, atol=1e-10).y[:, -1].reshape(2, 6)
   policy = gmm.GMPolicy(
-      jnp.broadcast_to(jnp.asarray(mu)[None, :, :, None], (1, 2, 5, 6)), jnp.log(jnp.asarray(weights))[None, :, None] + jnp.zeros((1, 5, 6)),
-      jnp.array([var]), jnp.asarray(noise)[None], jnp.ones(1), 1e-6)
+      jnp.broadcast_to(jnp.asarray(mu)[None, :, :, None], (1, 2, 5, 6)),
+      jnp.broadcast_to(jnp.log(jnp.asarray(weights))[None, :, None], (1, 5, 6)), jnp.array([var]),
+      jnp.asarray(noise)[None], jnp.ones(1), 1e-6)
   x = gmm.from_positions(jnp.asarray(noise)[None], (1, 2, 3, 2))
   run = lambda n: np.asarray(gmm.to_positions(lib.rollout(policy, x, jnp.ones(1), jnp.array([end]), total_substeps=n)))[0]
   coarse, fine = run(2048), run(4096)
