@@ -23,15 +23,14 @@ def get_config(role="student"):
   c.network.update(depth=3, width=96, heads=3, dtype="float32", remat=False, unroll=3)
   c.policy.update(components=8, logstd_width=128)
   c.evaluation.features = digit_features.extractor
-  c.optimizer.update(learning_rate=1e-3, warmup_steps=100, clip_norm=1.0, schedule="cosine")
+  c.optimizer.update(learning_rate=2e-3, warmup_steps=100, clip_norm=1.0, schedule="cosine")
   c.ema.start = 100
   c.eval_every = c.image_every = c.checkpoint_every = 250
   if role == "teacher":
     c.method = build.flow_matching
     c.steps = 3000
-    c.optimizer.learning_rate = 2e-3
     c.sampling.nfe = 32
   else:
-    c.steps = 750
+    c.steps = 900
     c.teacher.checkpoint = "runs/digits/teacher"
   return c
