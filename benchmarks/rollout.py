@@ -39,8 +39,8 @@ def plain_rollout(mixture, x_src, t_src, *, substeps=SUBSTEPS, eps=1e-6):
     zeta, nu = a**2 - a_src**2, a * x / s - a_src * x_src / s_src
     d = jnp.maximum(v * zeta + 1, eps)
     logits = logweights + jnp.sum(mu * (nu[..., None, :] - zeta[..., None] * mu / 2), axis=-1) / d
-    mean = jnp.sum(jax.nn.softmax(logits, axis=-1)[..., None] * mu, axis=-2)
-    u = (x - (v * nu + mean) / d) / s
+    mean_k = ((v * nu)[..., None, :] + mu) / d[..., None]
+    u = (x - jnp.sum(jax.nn.softmax(logits, axis=-1)[..., None] * mean_k, axis=-2)) / s
     return x - column(t_src) / substeps * u, None
 
   return jax.lax.scan(substep, x_src, jnp.arange(substeps, dtype=x_src.dtype))[0]

@@ -3,7 +3,6 @@
 import functools
 from typing import Any, Callable, NamedTuple
 
-from absl import logging
 import jax
 import jax.numpy as jnp
 import optax
@@ -122,14 +121,14 @@ def optimizer(config, steps):
   return optax.chain(clip, adamw), rate
 
 
-def log_parameters(config, params, teacher_shapes_):
-  """Say of each leaf where it comes from, and how many numbers there are."""
-  count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-  logging.info("trained: %s parameters", f"{count(params):,}")
-  if teacher_shapes_ is not None:
-    mine, theirs = set(params_lib.named_leaves(params)), set(params_lib.named_leaves(teacher_shapes_))
-    logging.info("teacher: %s parameters; %d leaves start from it, new: %s; teacher only: %s",
-                 f"{count(teacher_shapes_):,}", len(mine & theirs), sorted(mine - theirs), sorted(theirs - mine))
+def describe_parameters(params, teacher_shapes_):
+  """One line on where each leaf comes from: what starts from the teacher, what is new, what only the teacher has."""
+  count = lambda tree: f"{sum(leaf.size for leaf in jax.tree.leaves(tree)):,}"
+  if teacher_shapes_ is None:
+    return f"{count(params)} parameters, all new"
+  mine, theirs = set(params_lib.named_leaves(params)), set(params_lib.named_leaves(teacher_shapes_))
+  return (f"{count(params)} parameters, {len(mine & theirs)} arrays of them from the teacher; new: "
+          f"{', '.join(sorted(mine - theirs))}; the teacher's alone: {', '.join(sorted(theirs - mine))}")
 
 
 def _arguments(spec):

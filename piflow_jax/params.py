@@ -1,7 +1,5 @@
 """Parameter trees by path: nested dicts whose leaves are named like "blocks/attention/qkv/kernel"."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 
@@ -19,17 +17,6 @@ def map_with_path(fn, tree):
 def named_leaves(tree):
   """{path name: leaf}."""
   return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def select(tree, pattern):
-  """The part of a nested dict whose paths match the pattern in full; empty branches are gone."""
-  def walk(node, prefix):
-    if not isinstance(node, dict):
-      return node if re.fullmatch(pattern, prefix) else None
-    kept = {k: walk(v, f"{prefix}/{k}" if prefix else k) for k, v in node.items()}
-    return {k: v for k, v in kept.items() if v is not None} or None
-
-  return walk(tree, "") or {}
 
 
 def overlay(base, params, like):

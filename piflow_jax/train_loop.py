@@ -136,10 +136,11 @@ def train(config, workdir):
       start, position = 0, {"batches": 0, "seconds": 0.0}
       state = jitted["init"](jax.random.fold_in(key, 2**31 - 1), teacher_params)
       logging.info("\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False))
-      build.log_parameters(config, state.params, run.teacher_shapes)
+      print(f"{workdir}: {build.describe_parameters(state.params, run.teacher_shapes)}", flush=True)
     else:
       start, state, position = found
-      print(f"{workdir}: going on from step {start} of {config.steps}", flush=True)
+      what = "going on from" if start < config.steps else "finished before, at"
+      print(f"{workdir}: {what} step {start} of {config.steps}", flush=True)
     if start >= config.steps:
       return 0
     batches = loader.batches(records, batch_size=config.batch_size, seed=config.seed, start=position["batches"])

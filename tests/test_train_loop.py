@@ -98,7 +98,8 @@ def test_student_starts_at_its_teacher(tiny_teacher):
 
 
 def test_clipping_begins_when_the_warm_up_is_over():
-  config = tiny.config("teacher", optimizer__clip_norm=1e-3, optimizer__warmup_steps=2).optimizer
+  config = tiny.config(
+      "teacher", optimizer__clip_norm=1e-3, optimizer__warmup_steps=2, optimizer__learning_rate=1e-3).optimizer
   optimizer, rate = build.optimizer(config, 10)
   np.testing.assert_allclose([rate(0), rate(1)], [1e-6, (1e-6 + 1e-3) / 2], rtol=1e-5)
   params = {"w": jnp.ones(3)}
