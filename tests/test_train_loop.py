@@ -86,6 +86,7 @@ def test_the_step_compiles_once(tiny_teacher):
   assert jitted["step"]._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_student_starts_at_its_teacher(tiny_teacher):
   state, _, jitted = _steps(tiny.config("student"), sharding.make_mesh(), 0, tiny_teacher)
   config = tiny.config("student", teacher__checkpoint=str(tiny_teacher))
@@ -124,6 +125,7 @@ def _checkpoint(workdir, config, step):
     return checkpoint.restore_latest(manager, jitted["state"])[1]
 
 
+@pytest.mark.slow
 def test_stopped_and_started_again_is_the_same_run(tmp_path, tiny_teacher):
   config = functools.partial(tiny.config, "student", teacher__checkpoint=str(tiny_teacher))
   assert train_loop.train(config(), tmp_path / "whole") == 0
@@ -181,6 +183,7 @@ def _tear(step_folder):
   largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog):
   config = tiny.config("teacher")
   train_loop.train(config, tmp_path / "run")
@@ -195,6 +198,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog):
   assert tiny.metrics(tmp_path / "run") == tiny.metrics(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_an_unfinished_write_is_not_a_checkpoint(tmp_path):
   config = tiny.config("teacher", steps=2)
   train_loop.train(config, tmp_path)
@@ -203,6 +207,7 @@ def test_an_unfinished_write_is_not_a_checkpoint(tmp_path):
   assert int(state.step) == 2
 
 
+@pytest.mark.slow
 def test_nothing_readable_is_said_and_nothing_is_lost(tmp_path):
   config = tiny.config("teacher", steps=2)
   train_loop.train(config, tmp_path)
@@ -212,6 +217,7 @@ def test_nothing_readable_is_said_and_nothing_is_lost(tmp_path):
   assert _files(tmp_path / "checkpoints") == {"2"}
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   config = tiny.config("teacher", steps=8, optimizer__learning_rate=1e30, optimizer__warmup_steps=3, checkpoint_every=1)
   with pytest.raises(errors.NotFinite, match=r"loss is (nan|inf) at step \d"):
@@ -224,6 +230,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.slow
 def test_a_relative_workdir_will_do(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert train_loop.train(tiny.config("teacher"), "here/teacher") == 0
@@ -232,6 +239,7 @@ def test_a_relative_workdir_will_do(tmp_path, monkeypatch):
   assert (tmp_path / "here" / "student" / "checkpoints" / "1").exists()
 
 
+@pytest.mark.slow
 def test_pictures_and_held_out_losses_come_on_their_period(tmp_path, tiny_teacher):
   config = tiny.config("student", teacher__checkpoint=str(tiny_teacher), eval_every=2, image_every=4)
   train_loop.train(config, tmp_path)
@@ -240,6 +248,7 @@ def test_pictures_and_held_out_losses_come_on_their_period(tmp_path, tiny_teache
   assert any(p.name.startswith("events") for p in (tmp_path / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_a_profile_is_traced_when_asked_for(tmp_path):
   train_loop.train(tiny.config("teacher", steps=14, profile_steps=2), tmp_path)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -39,7 +39,8 @@ def _segment(data, case):
 
 
 @pytest.mark.parametrize("regime", ["nfe1", "nfe4"])
-@pytest.mark.parametrize("setting", ["plain", "mixed", "dropout", "full_teacher", "mixed_w3_2"])
+@pytest.mark.parametrize("setting", ["dropout", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "mixed", "full_teacher", "mixed_w3_2"))])
 def test_segment_vectors_float64(x64, setting, regime):
   data = golden.load("piid_segment", np.float64)
   ((loss, aux), grads), get = _segment(data, f"gm_{setting}_{regime}")
@@ -58,6 +59,7 @@ def test_segment_vectors_float64(x64, setting, regime):
   close(grads.logstd, golden.scalars(get("grad_logstds")), 1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regime", ["nfe1", "nfe4"])
 def test_segment_vectors_float32(regime):
   # float32 sums 128 substeps; gradients to the 1e-3 that the vectors' README names.
@@ -106,6 +108,7 @@ def test_objective_is_a_function_of_each_samples_own_key():
   assert not np.allclose(other[1]["loss"], metrics["loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 2])
 def test_a_perfect_student_has_no_loss(window):
   """Data are one Gaussian, the policy its exact posterior: the teacher's label is the policy's own velocity.

@@ -46,6 +46,7 @@ def test_tiles_change_nothing_but_rounding(x64, shape):
   np.testing.assert_allclose(got[some], _plain(*part, 16), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_gradients_go_through_the_tiles(x64):
   mixture, x, tau, tau_dst = _case(2, 4, 4, 2, 3)
   loss = lambda run: lambda m: jnp.sum(jnp.sin(run(m)))

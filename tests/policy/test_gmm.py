@@ -64,6 +64,7 @@ def test_posterior_vectors_float32(case):
   _close(value(**args), golden.nhwc(data[f"{case}_out_f64"]), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["k8", "k32"])
 def test_float32_gradients_hold_at_small_noise_levels(case):
   # Against the float64 vectors, where the published form in float32 errs by 4e-3 at t = .02 and above 1 at 1e-4.
@@ -110,6 +111,7 @@ def test_policy_vectors_float64(x64):
   _close(velocity(dropped), want("u_dropout"), RTOL_64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times, name", [(5, "grad"), (4, "grad0to3")])
 def test_policy_gradients_float64(x64, times, name):
   data, mixture, make, x, t = _policy_case(np.float64)

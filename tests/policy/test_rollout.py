@@ -40,6 +40,7 @@ def test_rollout_vectors(case, dtype, rtol):
     np.testing.assert_allclose(got, golden.nhwc(want[f"{case}_fromsrc_x_t_end"]), rtol=rtol, atol=rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["gm_s1", "gm_s3.2"])
 def test_average_velocity_vectors(x64, case):
   data = golden.load("rollout", np.float64)
@@ -97,6 +98,7 @@ def test_samples_that_are_done_hold_still_and_the_rest_go_on():
   np.testing.assert_array_equal(together, bounded)
 
 
+@pytest.mark.slow
 def test_rollout_is_the_exact_flow_when_the_mixture_is_the_data(x64):
   """Data: five Gaussians in a plane. The policy made at pure noise from that mixture, against scipy on the exact velocity."""
   from scipy import integrate
