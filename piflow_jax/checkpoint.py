@@ -45,7 +45,6 @@ def restore_latest(manager, abstract_state):
   failures = []
   for step in sorted(manager.all_steps(), reverse=True):
     try:
-      # A fresh reader: a failed restore leaves the manager's item handlers half set up.
       found = manager.restore(step, args=ocp.args.Composite(
           state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore()))
       break
