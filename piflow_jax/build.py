@@ -41,7 +41,7 @@ def flow_matching(config):
   drop = functools.partial(dit.drop_labels, rate=c.label_dropout, num_classes=config.data.num_classes)
   apply = _apply(net)
   objective = flow_matching_lib.objective(
-      apply, lambda cond, uniform: drop(cond, uniform), shift=config.flow.shift,
+      apply, drop, shift=config.flow.shift,
       logit_mean=c.logit_mean if c.logit_normal else None, logit_std=c.logit_std)
   return Run(init, objective, lambda p, _, cond: _euler_map(config, apply, p, cond), None)
 
@@ -49,9 +49,8 @@ def flow_matching(config):
 def imitation(config):
   """A few-step student by imitation of a teacher of the same trunk."""
   c, flow = config.imitation, config.flow
-  height, width, channels = config.data.shape
   head = config.policy.make(
-      channels=channels, patch=config.network.patch, dtype=_dtype(config), **_arguments(config.policy))
+      channels=config.data.shape[-1], patch=config.network.patch, dtype=_dtype(config), **_arguments(config.policy))
   net = _network(config, head)
   shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), *_inputs(config)))["params"]
 

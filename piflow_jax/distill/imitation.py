@@ -85,10 +85,8 @@ def segment_loss(policy, behaviour, teacher, x_src, tau_src, segment, draws, *, 
   x_dst = run(behaviour, x, tau, tau_dst)
 
   never_mixed = isinstance(teacher_ratio, (int, float)) and teacher_ratio == 0
-  # One more than the window: the segment's substep may be a little longer than 1 / total_substeps.
+  # One more than the window, as the segment's substep may be a little longer than 1 / total_substeps; of no window, one.
   in_window = min(window_substeps + 1, in_segment) if never_mixed else in_segment
-  if never_mixed and window_substeps == 0:
-    in_window = 1
 
   def average(state):
     return rollout_lib.average_velocity(
