@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages
 from setuptools import setup
 
-EVAL = ["matplotlib>=3.11.2", "scikit-learn>=1.9.1", "scipy>=1.17.1"]
+EVAL = ["diffrax>=0.7.2", "matplotlib>=3.11.2", "scikit-learn>=1.9.1", "scipy>=1.17.1"]
 
 setup(
     name="piflow_jax",

@@ -12,7 +12,9 @@ from piflow_jax.policy import gmm
 def get_config():
   c = ConfigDict()
   c.seed = 0  # every draw of a run comes from (seed, step)
-  c.method = build.imitation  # what is trained: build.flow_matching (a teacher) or build.imitation (a student)
+  # What is trained: a teacher by build.flow_matching; a student by build.imitation (any policy),
+  # build.parallel_decoding, or build.meanflow (a rival).
+  c.method = build.imitation
   c.steps = 1000  # updates in all
   c.batch_size = 128  # over all devices and microbatches
   c.microbatches = 1  # gradient accumulation: the batch is worked through in so many parts
@@ -32,15 +34,20 @@ def get_config():
   c.network.unroll = 1  # blocks in one turn of the loop over them; all of them is faster on a CPU, slower to compile
   c.network.dtype = "bfloat16"  # of the computation; parameters are float32
 
-  c.policy = ConfigDict()  # the student's head and the policy that it makes
-  c.policy.make = gmm.GMHead
-  c.policy.components = 32  # K
-  c.policy.logstd_width = 1024
-  c.policy.dropout = 0.05  # chance that a component is missing from the policy that makes the trajectory
+  c.policy = ConfigDict()  # the student's head and the policy that it makes: a head takes the fields that it knows
+  c.policy.make = gmm.GMHead  # or dx.DXHead, parallel.ParallelHead
+  c.policy.components = 32  # GM: K
+  c.policy.logstd_width = 1024  # GM
+  c.policy.dropout = 0.05  # GM: chance that a component is missing from the policy that makes the trajectory
+  c.policy.points = 10  # DX: N
+  c.policy.segment = 0.0  # DX: raw time over which the points lie, whatever nfe is sampled with; 0 is config.flow's segment
+  c.policy.polynomial = False  # DX: powers of time instead of a grid
+  c.policy.intervals = 128  # parallel decoding: G over the whole of raw time
 
   c.flow = ConfigDict()
   c.flow.nfe = 1  # network calls, i.e. segments, that the student is trained for
   c.flow.shift = 1.0  # of the noise schedule
+  c.flow.dynamic_shift = False  # instead: log shift linear in the number of tokens, 0.5 at 256, 1.15 at 4096
   c.flow.final_scale = 1.0  # length of the last segment as a share of the others
   c.flow.total_substeps = 128  # Euler substeps of the policy over all segments
 
@@ -49,6 +56,22 @@ def get_config():
   c.imitation.window_substeps = 0  # span over which velocities are averaged
   c.imitation.loss_scale = 3.0
   c.imitation.num_decay_steps = 0  # scheduled trajectory mixing: steps until no teacher stretch is left; 0 is none ever
+
+  c.imitation.label = "euler"  # the teacher's velocity; or "midpoint", its mean over the window by one more call
+  c.imitation.data_free = False  # walk all segments from noise instead of starting from noised data
+
+  c.parallel_decoding = ConfigDict()  # with config.imitation's label, loss_scale and data_free
+  c.parallel_decoding.min_block = 16  # intervals: blocks begin at its multiples
+  c.parallel_decoding.max_block = 128  # intervals that a block's student is trained for
+
+  c.meanflow = ConfigDict()
+  c.meanflow.improved = False  # the derivative's direction is the network's own velocity
+  c.meanflow.target = "data"  # or "teacher", its velocity; a student of either starts from config.teacher.checkpoint, if any
+  c.meanflow.ratio = 0.25  # share of samples whose two times differ (improved: 0.5)
+  c.meanflow.logit_mean, c.meanflow.logit_std = -0.4, 1.0  # of both times
+  c.meanflow.norm_power, c.meanflow.norm_eps = 1.0, 0.01  # of the adaptive weight 1 / (|error|^2 + eps)^power
+  c.meanflow.label_dropout = 0.1  # target "data"
+  c.meanflow.guidance_scale = 1.0  # target "data": trained into the network; the teacher has its own
 
   c.flow_matching = ConfigDict()
   c.flow_matching.label_dropout = 0.1  # what classifier-free guidance needs
@@ -79,6 +102,8 @@ def get_config():
 
   c.sampling = ConfigDict()  # the pictures drawn during training, and evaluation
   c.sampling.nfe = 1  # network calls: steps of a teacher, segments of a student
+  c.sampling.solver = "euler"  # of a teacher: or "midpoint", "heun", or a solver of diffrax, e.g. "Tsit5"
+  c.sampling.temperature = 1.0  # GM: sharpens the policies of all calls but the last
   c.sampling.h = 0.0  # stochasticity: 0 deterministic, inf full re-noising
   c.sampling.images = 64  # in a picture
 

@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import optax
 
 from piflow_jax import errors
+from piflow_jax import flow as flow_lib
 from piflow_jax import params as params_lib
 from piflow_jax import sampler
 from piflow_jax import teacher as teacher_lib
 from piflow_jax.distill import flow_matching as flow_matching_lib
 from piflow_jax.distill import imitation as imitation_lib
+from piflow_jax.distill import meanflow as meanflow_lib
+from piflow_jax.distill import parallel_decoding as parallel_lib
+from piflow_jax.distill import segments as segments_lib
 from piflow_jax.models import dit
 from piflow_jax.models import layers
 from piflow_jax.policy import rollout as rollout_lib
@@ -23,7 +27,7 @@ class Run(NamedTuple):
 
   init: Callable  # (key, teacher_params) -> params
   objective: Callable  # (params, teacher_params, batch, keys [B], step) -> (grads, metrics)
-  flow_map: Callable  # (params, teacher_params, cond [B]) -> flow map
+  flow_map: Callable  # (params, teacher_params, cond [B], nfe) -> flow map, to be sampled in nfe calls
   teacher_shapes: Any  # tree of the teacher's parameters, or None
 
 
@@ -34,48 +38,104 @@ def run(config):
 
 
 def flow_matching(config):
-  """A teacher by flow matching; sampled by Euler steps."""
+  """A teacher by flow matching."""
   net = _network(config, _velocity_head(config))
   init = lambda key, teacher_params: net.init(key, *_inputs(config))["params"]
   c = config.flow_matching
   drop = functools.partial(dit.drop_labels, rate=c.label_dropout, num_classes=config.data.num_classes)
   apply = _apply(net)
   objective = flow_matching_lib.objective(
-      apply, drop, shift=config.flow.shift,
+      apply, drop, shift=shift(config),
       logit_mean=c.logit_mean if c.logit_normal else None, logit_std=c.logit_std)
-  return Run(init, objective, lambda p, _, cond: _euler_map(config, apply, p, cond), None)
+  return Run(init, objective,
+             lambda p, _, cond, nfe: _velocity_map(config, apply, p, cond, config.sampling.solver), None)
 
 
 def imitation(config):
-  """A few-step student by imitation of a teacher of the same trunk."""
-  c, flow = config.imitation, config.flow
-  head = config.policy.make(
-      channels=config.data.shape[-1], patch=config.network.patch, dtype=_dtype(config), **_arguments(config.policy))
-  net = _network(config, head)
-  shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), *_inputs(config)))["params"]
+  """A few-step student by imitation of a teacher of the same trunk, on data or without."""
+  c, flow, student = config.imitation, config.flow, _student(config)
+  if c.label != "euler" and not (c.window_substeps or c.num_decay_steps):
+    raise errors.UserError(f"config.imitation.label: {c.label!r} is the teacher's mean over a window, and there is none; "
+                           "set config.imitation.window_substeps")
+  segment = imitation_lib.segment(
+      student.policy, teacher(config), student.head.perturb, num_states=c.num_states,
+      window_substeps=c.window_substeps, total_substeps=flow.total_substeps, shift=shift(config),
+      loss_scale=c.loss_scale, num_decay_steps=c.num_decay_steps, method=c.label,
+      max_segment=(1 if flow.nfe > 1 else flow.final_scale) / (flow.nfe - 1 + flow.final_scale))
+
+  def flow_map(params, teacher_params, cond, nfe):
+    # Sharpening the last call's policy would cost detail; the calls before it only choose what the image is of.
+    last = flow_lib.warp(flow_lib.step_times(nfe=nfe, final_scale=flow.final_scale)[-2], shift(config))
+
+    def policy(x, t):
+      # The authors sample with a larger floor under the noise level than they train with.
+      policy = student.policy(params, teacher_params, x, t, cond, eps=1e-4)
+      if config.sampling.temperature == 1:
+        return policy
+      return student.head.sharpen(policy, jnp.where(t > 1.001 * last, config.sampling.temperature, 1.0))
+
+    roll = functools.partial(rollout_lib.rollout, shift=shift(config), total_substeps=flow.total_substeps)
+    return sampler.policy_flow_map(policy, roll, shift=shift(config))
+
+  objective = _on_data_or_free(config, segment, nfe=flow.nfe, final_scale=flow.final_scale)
+  return Run(student.init, objective, flow_map, teacher_shapes(config))
+
+
+def parallel_decoding(config):
+  """A student by parallel decoding distillation; sampled through one fused output layer."""
+  c, p, student = config.imitation, config.parallel_decoding, _student(config)
+  if not hasattr(student.head, "fuse"):
+    raise errors.UserError(f"config.policy.make: {config.policy.make.__name__} is no head of fixed intervals; "
+                           "parallel decoding takes piflow_jax.policy.parallel.ParallelHead")
+  intervals = config.policy.intervals
+  if p.min_block < 1 or intervals % p.min_block or not p.min_block <= p.max_block <= intervals:
+    raise errors.UserError(f"config.parallel_decoding: min_block={p.min_block} must divide config.policy.intervals="
+                           f"{intervals}, and max_block={p.max_block} lie between the two")
+  segment = parallel_lib.segment(student.policy, teacher(config), intervals=intervals, max_block=p.max_block,
+                                 method=c.label, shift=shift(config), loss_scale=c.loss_scale)
+  velocity = _apply(_network(config, _velocity_head(config)))
+
+  def flow_map(params, teacher_params, cond, nfe):
+    del nfe
+    tree = student.tree(params, teacher_params)
+
+    def step(x, tau_src, tau_dst, key):
+      # One layer for the batch, so one block: a sampler has all samples at one time.
+      fused = tree | {"head": student.head.fuse(tree["head"], tau_src[0], tau_dst[0])}
+      return _velocity_map(config, velocity, fused, cond)(x, tau_src, tau_dst, key)
+
+    return step
+
+  objective = _on_data_or_free(config, segment, nfe=intervals // p.min_block)
+  return Run(student.init, objective, flow_map, teacher_shapes(config))
+
+
+def meanflow(config):
+  """MeanFlow or improved MeanFlow on the teacher's network told two times, from data or from the teacher's velocity."""
+  c = config.meanflow
+  if c.target not in ("data", "teacher"):
+    raise errors.UserError(f'config.meanflow.target: {c.target!r} is neither "data" nor "teacher"')
+  net = _network(config, _velocity_head(config), two_times=True)
+  inputs = (*_inputs(config), jnp.zeros(1))
+  network = lambda params, x, t, t_dst, cond: net.apply({"params": params}, x, t, cond, t_dst)
+  classes = dict(num_classes=config.data.num_classes)
 
   def init(key, teacher_params):
-    fresh_key, head_key = jax.random.split(key)
-    fresh = net.init(fresh_key, *_inputs(config))["params"]
-    trunk = {k: v for k, v in teacher_params.items() if k != "head"}
-    return params_lib.overlay(fresh, trunk, fresh) | {
-        "head": head.from_teacher(teacher_params["head"], fresh["head"], head_key)}
+    fresh = net.init(key, *inputs)["params"]
+    return fresh if teacher_params is None else params_lib.overlay(fresh, teacher_params, fresh)
 
-  def student(params, base, x, t, cond, eps=1e-6):
-    tree = params_lib.overlay(base, params, shapes)
-    return head.to_policy(net.apply({"params": tree}, x, t, cond), x, t, eps=eps)
+  def drop(cond, uniform):
+    return dit.drop_labels(cond, uniform, rate=c.label_dropout, **classes), uniform < c.label_dropout
 
-  def flow_map(params, teacher_params, cond):
-    # The authors sample with a larger floor under the noise level than they train with.
-    roll = functools.partial(rollout_lib.rollout, shift=flow.shift, total_substeps=flow.total_substeps)
-    return sampler.policy_flow_map(
-        lambda x, t: student(params, teacher_params, x, t, cond, eps=1e-4), roll, shift=flow.shift)
-
-  objective = imitation_lib.objective(
-      student, teacher(config), head.perturb, nfe=flow.nfe, num_states=c.num_states, window_substeps=c.window_substeps,
-      total_substeps=flow.total_substeps, shift=flow.shift, final_scale=flow.final_scale, loss_scale=c.loss_scale,
-      num_decay_steps=c.num_decay_steps)
-  return Run(init, objective, flow_map, teacher_shapes(config))
+  objective = meanflow_lib.objective(
+      network, teacher(config) if c.target == "teacher" else None, drop, functools.partial(dit.null_label, **classes),
+      improved=c.improved, ratio=c.ratio, logit_mean=c.logit_mean, logit_std=c.logit_std, norm_power=c.norm_power,
+      norm_eps=c.norm_eps, guidance_scale=c.guidance_scale, shift=shift(config))
+  flow_map = lambda params, _, cond, nfe: sampler.mean_flow_map(
+      lambda x, t, t_dst: network(params, x, t, t_dst, cond), shift=shift(config))
+  # Without a checkpoint to start from, data are enough.
+  needs_teacher = c.target == "teacher" or config.teacher.checkpoint
+  return Run(init, objective, flow_map, teacher_shapes(config) if needs_teacher else None)
 
 
 def teacher(config):
@@ -95,7 +155,15 @@ def teacher_shapes(config):
 
 def teacher_flow_map(config, teacher_params, cond):
   """The many-step teacher as a flow map of one Euler step."""
-  return _euler_map(config, teacher(config), teacher_params, cond)
+  return _velocity_map(config, teacher(config), teacher_params, cond)
+
+
+def shift(config):
+  """The shift of the noise schedule: the config's own, or by the number of tokens."""
+  if not config.flow.dynamic_shift:
+    return config.flow.shift
+  height, width, _ = config.data.shape
+  return flow_lib.dynamic_shift(height * width // config.network.patch**2)
 
 
 def sharding_rules(config):
@@ -127,11 +195,55 @@ def describe_parameters(params, teacher_shapes_):
     return f"{count(params)} parameters, all new"
   mine, theirs = set(params_lib.named_leaves(params)), set(params_lib.named_leaves(teacher_shapes_))
   return (f"{count(params)} parameters, {len(mine & theirs)} arrays of them from the teacher; new: "
-          f"{', '.join(sorted(mine - theirs))}; the teacher's alone: {', '.join(sorted(theirs - mine))}")
+          f"{', '.join(sorted(mine - theirs)) or 'none'}; the teacher's alone: {', '.join(sorted(theirs - mine)) or 'none'}")
 
 
-def _arguments(spec):
-  return {k: v for k, v in spec.items() if k != "make"}
+class _Student(NamedTuple):
+  head: Any
+  init: Callable  # (key, teacher_params) -> params
+  tree: Callable  # (params, base) -> the whole tree: what is trained over what the teacher has
+  policy: Callable  # (params, base, x, t, cond, eps) -> policy
+
+
+def _student(config):
+  """The student's trunk and head, which start from the teacher's."""
+  head = _policy_head(config)
+  net = _network(config, head)
+  shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), *_inputs(config)))["params"]
+
+  def init(key, teacher_params):
+    fresh_key, head_key = jax.random.split(key)
+    fresh = net.init(fresh_key, *_inputs(config))["params"]
+    trunk = {k: v for k, v in teacher_params.items() if k != "head"}
+    return params_lib.overlay(fresh, trunk, fresh) | {
+        "head": head.from_teacher(teacher_params["head"], fresh["head"], head_key)}
+
+  tree = lambda params, base: params_lib.overlay(base, params, shapes)
+
+  def policy(params, base, x, t, cond, eps=1e-6):
+    return head.to_policy(net.apply({"params": tree(params, base)}, x, t, cond), x, t, eps=eps)
+
+  return _Student(head, init, tree, policy)
+
+
+def _on_data_or_free(config, segment, *, nfe, final_scale=1.0):
+  if config.imitation.data_free:
+    return segments_lib.data_free(segment, nfe=nfe, final_scale=final_scale)
+  return segments_lib.on_data(segment, nfe=nfe, final_scale=final_scale, shift=shift(config))
+
+
+def _policy_head(config):
+  """The head, given those fields of config.policy that it has, and of its surroundings likewise."""
+  flow, make = config.flow, config.policy.make
+  if config.policy.segment < 0:
+    raise errors.UserError(f"config.policy.segment: {config.policy.segment} is less than 0")
+  given = dict(config.policy) | dict(
+      channels=config.data.shape[-1], patch=config.network.patch, dtype=_dtype(config), shift=shift(config),
+      segment=config.policy.segment or 1 / (flow.nfe - 1 + flow.final_scale))
+  head = make(**{k: v for k, v in given.items() if k in make.__dataclass_fields__})
+  if config.sampling.temperature != 1 and not hasattr(head, "sharpen"):
+    raise errors.UserError(f"config.sampling.temperature: {make.__name__} makes policies that know no temperature; set 1")
+  return head
 
 
 def _dtype(config):
@@ -142,9 +254,9 @@ def _velocity_head(config):
   return layers.VelocityHead(config.data.shape[-1], config.network.patch, _dtype(config))
 
 
-def _network(config, head):
-  arguments = _arguments(config.network) | {"dtype": _dtype(config)}
-  return config.network.make(head=head, num_classes=config.data.num_classes, **arguments)
+def _network(config, head, **extra):
+  arguments = {k: v for k, v in config.network.items() if k != "make"} | {"dtype": _dtype(config)}
+  return config.network.make(head=head, num_classes=config.data.num_classes, **arguments, **extra)
 
 
 def _apply(net):
@@ -155,8 +267,8 @@ def _inputs(config):
   return jnp.zeros((1, *config.data.shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
 
 
-def _euler_map(config, velocity, params, cond):
-  return sampler.euler_flow_map(lambda x, t: velocity(params, x, t, cond), shift=config.flow.shift)
+def _velocity_map(config, velocity, params, cond, solver="euler"):
+  return sampler.velocity_flow_map(lambda x, t: velocity(params, x, t, cond), shift=shift(config), method=solver)
 
 
 def _check(config):
@@ -169,6 +281,8 @@ def _check(config):
       raise errors.UserError(f"config.flow.{name}: {config.flow[name]} is less than 1")
   if config.network.dtype not in ("float32", "bfloat16"):
     raise errors.UserError(f'config.network.dtype: {config.network.dtype!r} is neither "float32" nor "bfloat16"')
+  if config.imitation.label not in ("euler", "midpoint"):
+    raise errors.UserError(f'config.imitation.label: {config.imitation.label!r} is neither "euler" nor "midpoint"')
   height, width, _ = config.data.shape
   if height % config.network.patch or width % config.network.patch:
     raise errors.UserError(

@@ -77,3 +77,26 @@ def uniform_tau(uniform):
 def logit_normal_tau(normal, *, mean=0.0, std=1.0):
   """Raw times of a teacher's training: tau = sigmoid(mean + std z) (SD3, arXiv 2403.03206, eq. 19)."""
   return jax.nn.sigmoid(mean + std * normal)
+
+
+def mean_velocity(velocity, x, t_src, t_dst, *, method="euler", u=None):
+  """Mean velocity of the flow from t_src to t_dst by one Runge-Kutta step: (x_dst - x) / (t_dst - t_src).
+
+  Args:
+    velocity: (x [B, ...], t [B] noise level) -> u.
+    x: [B, ...] at t_src.
+    t_src, t_dst: [B] noise levels; where they are equal the result is the velocity itself.
+    method: "euler" (one call: the velocity at t_src), "midpoint" or "heun" (two calls).
+    u: the velocity at (x, t_src), where the caller has it already.
+  Raises:
+    ValueError: another method.
+  """
+  u = velocity(x, t_src) if u is None else u
+  if method == "euler":
+    return u
+  if method == "midpoint":
+    t_mid = (t_src + t_dst) / 2
+    return velocity(x + broadcast_to(t_mid - t_src, x) * u, t_mid)
+  if method == "heun":
+    return (u + velocity(x + broadcast_to(t_dst - t_src, x) * u, t_dst)) / 2
+  raise ValueError(f'method: {method!r} is none of "euler", "midpoint", "heun"')

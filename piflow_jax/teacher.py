@@ -1,4 +1,6 @@
-"""What the student imitates: the velocity of a many-step model, guided."""
+"""What the student imitates: the velocity of a many-step model, guided; or one that is known exactly."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,3 +53,60 @@ def network_teacher(network, null_condition, *, guidance_scale=1.0, guidance_int
         u_cond, u_null, x, t, scale=guidance_scale, interval=guidance_interval, orthogonal=orthogonal)
 
   return teacher
+
+
+def embedded_guidance_teacher(network, guidance_scale):
+  """teacher(params, x, t, cond) -> u from a network that takes the guidance scale as an input (FLUX): one pass, no CFG.
+
+  Args:
+    network: (params, x [B, ...], t [B], cond, guidance [B]) -> u.
+    guidance_scale: the same for all samples.
+  """
+  return lambda params, x, t, cond: network(params, x, t, cond, jnp.full_like(t, guidance_scale))
+
+
+class GaussianMixture(NamedTuple):
+  """Data whose flow is known: x_0 ~ sum_m w_m N(means_m, std^2 I), each component a whole latent."""
+  means: jax.Array  # [M, ...]
+  std: jax.Array  # scalar > 0
+  logweights: jax.Array  # [M], or [classes, M] by condition; need not be normalised
+
+
+def gaussian_mixture_teacher(mixture, x, t, cond=None):
+  """A teacher without error, its parameters the mixture: the marginal velocity u = E[noise - x_0 | x].
+
+  Given its component mu, x is Gaussian together with noise and x_0: with v = (1 - t)^2 std^2 + t^2 and
+  r = x - (1 - t) mu, log p(x) = -|r|^2 / 2v + const, E[noise | x] = t r / v, E[x_0 | x] = mu + (1 - t) std^2 r / v.
+  All of it is affine in mu, so that u takes no more than the posterior mean of mu. Finite at t = 0 and t = 1.
+
+  Args:
+    mixture: GaussianMixture.
+    x, t: [B, ...] points and their noise levels [B].
+    cond: [B] classes, where the weights are by class.
+  Returns:
+    [B, ...].
+  """
+  t = flow.broadcast_to(t, x)
+  v = (1 - t) ** 2 * mixture.std**2 + t**2
+  # The residual is squared as it is: expanded, its large terms would cancel just where components are close to x.
+  squares = jnp.square(x[:, None] - (1 - t)[:, None] * mixture.means[None])
+  squares = jnp.sum(squares, tuple(range(2, squares.ndim)))
+  weights = jax.nn.softmax(_prior(mixture, cond, x.shape[0]) - squares / (2 * v.reshape(-1, 1)))
+  mean = jnp.einsum("bm,m...->b...", weights, mixture.means, precision="highest")
+  return (t - (1 - t) * mixture.std**2) / v * (x - (1 - t) * mean) - mean
+
+
+def sample_gaussian_mixture(mixture, keys, cond=None):
+  """x_0 [B, ...] from the mixture; keys [B], one a sample; cond as in `gaussian_mixture_teacher`."""
+  def draw(key, logweights):
+    component_key, normal_key = jax.random.split(key)
+    mean = mixture.means[jax.random.categorical(component_key, logweights)]
+    return mean + mixture.std * jax.random.normal(normal_key, mean.shape, mean.dtype)
+
+  return jax.vmap(draw)(keys, _prior(mixture, cond, keys.shape[0]))
+
+
+def _prior(mixture, cond, samples):
+  """Log weights of each sample's components, [B, M]."""
+  logweights = jnp.asarray(mixture.logweights)
+  return jnp.broadcast_to(logweights, (samples, *logweights.shape)) if logweights.ndim == 1 else logweights[cond]

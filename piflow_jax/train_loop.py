@@ -97,8 +97,8 @@ def compile_run(config, mesh, run):
 
   def draw(params, teacher_params, noise, cond, key):
     c = config.sampling
-    return sampler.sample(run.flow_map(params, teacher_params, cond), noise, key, nfe=c.nfe, h=c.h,
-                          shift=config.flow.shift, final_scale=config.flow.final_scale)
+    return sampler.sample(run.flow_map(params, teacher_params, cond, c.nfe), noise, key, nfe=c.nfe, h=c.h,
+                          shift=build.shift(config), final_scale=config.flow.final_scale)
 
   return dict(
       init=jax.jit(init, out_shardings=spots(state)),

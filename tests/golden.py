@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from piflow_jax.policy import dx
 from piflow_jax.policy import gmm
 
 FOLDER = pathlib.Path(__file__).parent / "goldens"
@@ -47,6 +48,11 @@ def mixture(data, prefix):
       means(data[f"{prefix}means"]),
       logweights(data[f"{prefix}logweights"]),
       scalars(data[f"{prefix}logstds"]))
+
+
+def dx_policy(den, x_src, t_src, **settings):
+  """The DX policy of velocities [B, N, C, H, W] given by the network at x_src [B, C, H, W], t_src [B]."""
+  return dx.to_policy(nhwc(den), nhwc(x_src), scalars(t_src), **settings)
 
 
 def dit_params(data, depth, heads, head):
@@ -103,3 +109,10 @@ def gm_head(linear, components=4, channels=4):
       "logstd_in": linear("proj_out_logstds.1"),
       "logstd_out": linear("proj_out_logstds.3"),
   }
+
+
+def dx_head(linear, points=3, channels=4):
+  """Rows of the official layer are ordered (patch position, point, channel)."""
+  out = linear("proj_out_2")
+  return {"out": {"kernel": out["kernel"].reshape(out["kernel"].shape[0], -1, points, channels),
+                  "bias": out["bias"].reshape(-1, points, channels)}}

@@ -52,3 +52,16 @@ def test_sampling_steps_are_the_training_segments(nfe, final_scale):
 def test_velocity_and_x_0_are_inverse():
   x_0, noise, t = jnp.full((1, 2), 3.0), jnp.full((1, 2), -1.0), jnp.array([0.25])
   np.testing.assert_allclose(flow.velocity_to_x_0(flow.noise_data(x_0, noise, t), noise - x_0, t), x_0)
+
+
+@pytest.mark.parametrize("method, want", [("euler", 4), ("midpoint", 2.56), ("heun", 2.72)])
+def test_mean_velocity_by_hand(method, want):
+  """u = x t from x = 4 at t = 1 to t = 0.6, in numbers; where there is no way to go it is the velocity."""
+  u = lambda x, t: x * t[:, None]
+  x, t_src, t_dst = jnp.full((2, 1), 4.0), jnp.array([1.0, 0.5]), jnp.array([0.6, 0.5])
+  np.testing.assert_allclose(flow.mean_velocity(u, x, t_src, t_dst, method=method), [[want], [2.0]], rtol=1e-6)
+
+
+def test_mean_velocity_names_its_methods():
+  with pytest.raises(ValueError, match='method: .rk4. is none of "euler"'):
+    flow.mean_velocity(lambda x, t: x, jnp.ones((1, 1)), jnp.ones(1), jnp.zeros(1), method="rk4")

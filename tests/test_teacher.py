@@ -1,9 +1,12 @@
-"""Guidance against the authors' vectors."""
+"""Guidance against the authors' vectors, the analytic teacher against the score."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from piflow_jax import flow
+from piflow_jax import sampler
 from piflow_jax import teacher
 from tests import golden
 
@@ -46,3 +49,108 @@ def test_network_teacher_is_two_passes_guided():
   u_cond, u_null = network(2.0, x, t, cond), network(2.0, x, t, null(cond))
   want = np.where(np.array([[False], [True], [False]]), u_cond + 2 * (u_cond - u_null), u_cond)
   np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_embedded_guidance_is_one_pass_with_the_scale_for_every_sample():
+  seen = []
+
+  def network(params, x, t, cond, guidance):
+    seen.append(guidance)
+    return params * x + (cond * guidance + t)[:, None]
+
+  x, t, cond = jnp.arange(6.0).reshape(3, 2), jnp.array([0.1, 0.5, 0.9]), jnp.array([1, 2, 3])
+  got = teacher.embedded_guidance_teacher(network, 3.5)(2.0, x, t, cond)
+  np.testing.assert_allclose(got, 2 * x + (3.5 * cond + t)[:, None], rtol=1e-6)
+  assert [g.shape for g in seen] == [(3,)]
+
+
+def _mixture(std=0.3):
+  means = jax.random.normal(jax.random.key(0), (3, 2, 1, 2))
+  logweights = jnp.log(jnp.array([[0.2, 0.3, 0.5], [0.7, 0.2, 0.1]]))
+  return teacher.GaussianMixture(means, std, logweights)
+
+
+def _log_density(mixture, logweights, x, t):
+  """log p_t(x), written out: each component of x = (1 - t) x_0 + t noise is N((1 - t) mu, (1 - t)^2 std^2 + t^2)."""
+  std = jnp.sqrt(((1 - t) * mixture.std) ** 2 + t**2)
+  each = [jnp.sum(jax.scipy.stats.norm.logpdf(x, (1 - t) * mean, std)) for mean in mixture.means]
+  return jax.scipy.special.logsumexp(jnp.stack(each) + logweights)
+
+
+def test_mixture_velocity_is_the_scores(x64):
+  """Tweedie: E[noise | x] = -t score and E[x_0 | x] = (x + t^2 score) / (1 - t), the score by autodiff."""
+  mixture, cond = _mixture(), jnp.array([0, 0, 0, 1, 1, 1, 1])
+  t = jnp.array([0.02, 0.5, 0.99, 0.02, 0.3, 0.7, 0.99])
+  x = jax.random.normal(jax.random.key(1), (7, 2, 1, 2))
+  score = jax.vmap(jax.grad(lambda x, t, w: _log_density(mixture, w, x, t)))(x, t, mixture.logweights[cond])
+  s = t.reshape(-1, 1, 1, 1)
+  want = -s * score - (x + s**2 * score) / (1 - s)
+  np.testing.assert_allclose(teacher.gaussian_mixture_teacher(mixture, x, t, cond), want, rtol=1e-9)
+  # Weights need no condition, and no normalising.
+  alone = mixture._replace(logweights=mixture.logweights[1] + 2)
+  np.testing.assert_allclose(teacher.gaussian_mixture_teacher(alone, x[3:], t[3:]), want[3:], rtol=1e-9)
+
+
+def test_one_components_velocity_is_its_mean_and_spread_in_motion(x64):
+  """Its flow map is mean_t + spread_t z, with z fixed: u is the time derivative."""
+  mixture = teacher.GaussianMixture(jnp.full((1, 2), 1.5), 0.3, jnp.zeros(1))
+  t, z = jnp.array([0.0, 0.1, 0.6, 1.0]), jnp.array([[0.5, -1], [2, 0], [-1, 1], [0.3, 3]])
+  path = lambda t, z: (1 - t) * 1.5 + jnp.sqrt(((1 - t) * 0.3) ** 2 + t**2) * z
+  x, u = jax.vmap(lambda t, z: jax.jvp(lambda t: path(t, z), (t,), (1.0,)))(t, z)
+  np.testing.assert_allclose(teacher.gaussian_mixture_teacher(mixture, x, t), u, rtol=1e-12)
+
+
+@pytest.mark.parametrize("std", [0.3, 1e-4])
+def test_mixture_velocity_at_the_ends(std):
+  """t = 1: x says nothing of x_0; t = 0: x says nothing of the noise."""
+  mixture, cond = _mixture(std), jnp.array([1, 1])
+  x = mixture.means[:2] + jnp.array([100 * std, std]).reshape(2, 1, 1, 1)  # off its component, and close
+  ends = [teacher.gaussian_mixture_teacher(mixture, x, jnp.full(2, t), cond) for t in (0.0, 1.0)]
+  # float32: x - mean is rounded to 1e-7
+  np.testing.assert_allclose(ends[0], -x, rtol=1e-5, atol=1e-6)
+  prior_mean = np.einsum("m,mhwc->hwc", np.exp(mixture.logweights[1]), mixture.means)
+  np.testing.assert_allclose(ends[1], x - prior_mean[None], rtol=1e-5, atol=1e-6)
+
+
+def test_mixture_velocity_in_float32_tells_close_components_apart(x64):
+  """Two components one std apart and 1,000 std from 0: their weights hang on small differences of large numbers."""
+  mean, std = 1 + jax.random.normal(jax.random.key(0), (8, 8, 4), jnp.float32), 1e-3
+  mixture = teacher.GaussianMixture(jnp.stack([mean, mean + std / 16]), std, jnp.zeros(2, jnp.float32))
+  keys, t = jax.random.split(jax.random.key(1), 8), jnp.full(8, std / 2, jnp.float32)
+  noise = jax.random.normal(keys[0], (8, 8, 8, 4), jnp.float32)
+  x = flow.noise_data(teacher.sample_gaussian_mixture(mixture, keys), noise, t)
+  got = teacher.gaussian_mixture_teacher(mixture, x, t)
+  assert got.dtype == jnp.float32
+  wide = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tree)
+  # x - mean is of numbers up to 4, rounded to 2e-7 each, and is multiplied by t / v = 400
+  np.testing.assert_allclose(got, teacher.gaussian_mixture_teacher(*wide((mixture, x, t))), atol=3e-4)
+
+
+def test_mixture_samples_have_its_moments():
+  mixture, draws = _mixture(), 20_000
+  for c, logweights in enumerate(mixture.logweights):
+    keys, cond = jax.random.split(jax.random.key(c), draws), jnp.full(draws, c)
+    x = teacher.sample_gaussian_mixture(mixture, keys, cond)
+    w = np.exp(logweights).reshape(-1, 1, 1, 1)
+    mean = np.sum(w * mixture.means, 0)
+    var = np.sum(w * (mixture.means - mean[None]) ** 2, 0) + mixture.std**2
+    # 5 standard errors; the variance's from the draws' own fourth moment
+    assert (np.abs(x.mean(0) - mean) < 5 * (var / draws) ** 0.5).all()
+    square = (x - mean[None]) ** 2
+    assert (np.abs(square.mean(0) - var) < 5 * square.std(0) / draws**0.5).all()
+    # A key is a sample, whatever else is in its batch.
+    alone = teacher.sample_gaussian_mixture(mixture._replace(logweights=logweights), keys[5:8])
+    np.testing.assert_allclose(alone, x[5:8], rtol=1e-6)
+
+
+def test_mixture_teacher_flows_from_noise_to_the_mixture():
+  """1,000 noises along the exact velocity: components are hit by weight, with the right spread around them."""
+  means = jnp.array([[-2.0], [2.0]])
+  mixture = teacher.GaussianMixture(means, 0.2, jnp.log(jnp.array([0.3, 0.7])))
+  # evenly spaced quantiles of the noise: no Monte Carlo error, only that of 1,000 points
+  noise = jax.scipy.stats.norm.ppf((jnp.arange(1000) + 0.5) / 1000)[:, None]
+  flow_map = sampler.velocity_flow_map(lambda x, t: teacher.gaussian_mixture_teacher(mixture, x, t), method="midpoint")
+  x = sampler.sample(flow_map, noise, jax.random.key(0), nfe=400)
+  right = np.asarray(x[:, 0]) > 0
+  assert abs(right.mean() - 0.7) <= 0.002
+  np.testing.assert_allclose([x[right].mean(), x[right].std()], [2, 0.2], atol=0.01)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from piflow_jax import flow
+from piflow_jax.distill import segments
 from piflow_jax.policy import rollout as rollout_lib
 
 
@@ -36,7 +37,7 @@ def stretches(draws, segment, window, teacher_ratio):
 
 
 def segment_loss(policy, behaviour, teacher, x_src, tau_src, segment, draws, *, shift=1.0, total_substeps=128,
-                 window_substeps=0, teacher_ratio=0.0, loss_scale=1.0, max_segment=1.0):
+                 window_substeps=0, teacher_ratio=0.0, loss_scale=1.0, method="euler", max_segment=1.0):
   """One segment of imitation: 0.5 scale mean (u_policy - u_teacher)^2 over M states (eq. 5; spec section 5).
 
   Gradients reach `policy` alone: neither the trajectory nor the teacher is differentiated.
@@ -54,6 +55,8 @@ def segment_loss(policy, behaviour, teacher, x_src, tau_src, segment, draws, *, 
     teacher_ratio: share r in [0, 1] of the trajectory that the teacher walks (scheduled trajectory mixing); a Python 0
       where it is never anything else saves the rollouts of the averages.
     loss_scale: of the loss.
+    method: of `flow.mean_velocity`, the label over the averaging window: "euler" is the teacher's velocity at its start,
+      "midpoint" asks the teacher once more (PDD, spec section 10). The teacher's own stretch stays an Euler step.
     max_segment: static bound on `segment`.
   Returns:
     (loss, aux) with aux the trajectory: x_a [M, B, ...], tau_a [M, B], tau_average [M, B] (end of the averaging window),
@@ -76,7 +79,9 @@ def segment_loss(policy, behaviour, teacher, x_src, tau_src, segment, draws, *, 
     u = jax.lax.stop_gradient(teacher(x_a, t_a))
     tau_b = jnp.maximum(tau_a - by_teacher, 0)
     x_b = x_a + flow.broadcast_to(flow.warp(tau_b, shift) - t_a, u) * u
-    return (x_b, tau_b), (x_a, tau_a, tau_b - window, u)
+    t_average = flow.warp(jnp.maximum(tau_b - window, 0), shift)
+    label = jax.lax.stop_gradient(flow.mean_velocity(teacher, x_a, t_a, t_average, method=method, u=u))
+    return (x_b, tau_b), (x_a, tau_a, tau_b - window, label)
 
   (x, tau), (x_a, tau_a, tau_average, u_teacher) = jax.lax.scan(
       walk, (x_src, tau_src), (policy_stretch, teacher_stretch))
@@ -103,44 +108,27 @@ def teacher_ratio_at(step, num_decay_steps):
   return 0 if num_decay_steps == 0 else jnp.maximum(1 - step / num_decay_steps, 0.0)
 
 
-def objective(student, teacher, perturb, *, nfe, num_states, window_substeps=0, total_substeps=128, shift=1.0,
-              final_scale=1.0, loss_scale=1.0, num_decay_steps=0):
-  """On-policy imitation on data: draw a time, noise the data to its segment's source, imitate along the segment.
+def segment(student, teacher, perturb, *, num_states, window_substeps=0, total_substeps=128, shift=1.0,
+            loss_scale=1.0, num_decay_steps=0, method="euler", max_segment=1.0):
+  """`segment_loss` of a student: what `segments.on_data` and `segments.data_free` make an objective of.
 
   Args:
     student: (params, base, x, t, cond) -> policy, live in params.
     teacher: (teacher_params, x, t, cond) -> u.
     perturb: (policy, key a sample [B]) -> policy; what sets the behaviour policy apart from the live one.
-    nfe, final_scale: how raw time splits into segments.
-    num_states: M, teacher calls a segment.
+    num_states: M, teacher queries a segment.
     The rest: see `segment_loss`, `teacher_ratio_at`.
-  Returns:
-    objective(params, teacher_params, batch, keys [B], step) -> (grads, metrics); batch is {x_0 [B, ...], cond}.
   """
-  max_segment = (1 if nfe > 1 else final_scale) / (nfe - 1 + final_scale)
-
-  def loss_fn(params, teacher_params, batch, keys, step):
-    x_0, cond = batch["x_0"], batch["cond"]
-    key_tau, key_noise, key_perturb, key_policy, key_teacher = jax.vmap(
-        functools.partial(jax.random.split, num=5), out_axes=1)(keys)
-    uniform = lambda keys, *shape: jax.vmap(lambda k: jax.random.uniform(k, shape))(keys)
-    tau = flow.uniform_tau(uniform(key_tau))
-    tau_src, segment = flow.segment_source(tau, nfe=nfe, final_scale=final_scale)
-    t_src = flow.warp(tau_src, shift)
-    noise = jax.vmap(lambda k: jax.random.normal(k, x_0.shape[1:]))(key_noise)
-    x_src = flow.noise_data(x_0, noise, t_src)
-    draws = Draws(uniform(key_policy, num_states), uniform(key_teacher, num_states - 1))
-
-    policy = student(params, teacher_params, x_src, t_src, cond)
+  def segment_fn(params, teacher_params, x_src, tau_src, length, cond, keys, step):
+    key_perturb, key_policy, key_teacher = jax.vmap(functools.partial(jax.random.split, num=3), out_axes=1)(keys)
+    draws = Draws(segments.draw_uniform(key_policy, num_states), segments.draw_uniform(key_teacher, num_states - 1))
+    policy = student(params, teacher_params, x_src, flow.warp(tau_src, shift), cond)
     behaviour = perturb(jax.lax.stop_gradient(policy), key_perturb)
-    loss, _ = segment_loss(
-        policy, behaviour, lambda x, t: teacher(teacher_params, x, t, cond), x_src, tau_src, segment, draws, shift=shift,
+    loss, aux = segment_loss(
+        policy, behaviour, lambda x, t: teacher(teacher_params, x, t, cond), x_src, tau_src, length, draws, shift=shift,
         total_substeps=total_substeps, window_substeps=window_substeps,
-        teacher_ratio=teacher_ratio_at(step, num_decay_steps), loss_scale=loss_scale, max_segment=max_segment)
-    return loss
+        teacher_ratio=teacher_ratio_at(step, num_decay_steps), loss_scale=loss_scale, method=method,
+        max_segment=max_segment)
+    return loss, aux["x_dst"]
 
-  def objective(params, teacher_params, batch, keys, step):
-    loss, grads = jax.value_and_grad(loss_fn)(params, teacher_params, batch, keys, step)
-    return grads, {"loss": loss}
-
-  return objective
+  return segment_fn

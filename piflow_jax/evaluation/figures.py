@@ -1,12 +1,14 @@
 """Pictures of samples and numbers, as arrays or PNG bytes; matplotlib's objects only, so no state outlives a call."""
 
 import io
+import textwrap
 
 import numpy as np
 from scipy import ndimage
 
 _TEACHER, _STUDENT, _TEXT, _RULE = "#8a94a3", "#d9480f", "#1f2933", "#d5dae1"
-_COLOURS = ("#1c6dd0", "#d9480f", "#2b8a3e", "#7048c6", "#b08900", "#0b8a8f")
+_COLOURS = ("#1c6dd0", "#d9480f", "#2b8a3e", "#7048c6", "#b08900", "#0b8a8f", "#c2255c", "#5c4033")
+_MARKERS = "osD^vP*X<"  # one more than colours, so that pairs do not repeat before 72
 _DPI = 100
 _SEPARATOR = 255
 
@@ -69,6 +71,56 @@ def _bare(axes):
   axes.tick_params(colors=_TEXT, color=_RULE, labelsize=9, which="both")
 
 
+def _titled(axes, title, xlabel, ylabel, size=12):
+  axes.set_title(title, loc="left", fontsize=size, color=_TEXT, parse_math=False)
+  axes.set_xlabel(xlabel, color=_TEXT, parse_math=False)
+  axes.set_ylabel(ylabel, color=_TEXT, parse_math=False)
+  axes.grid(axis="y", color=_RULE, linewidth=0.6, alpha=0.6)
+  _bare(axes)
+
+
+def _points(x, y, log):
+  """x and y as floats, without points that are not finite or, on an axis named in `log`, not positive."""
+  x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+  kept = np.isfinite(x) & np.isfinite(y) & ((x > 0) | ("x" not in log)) & ((y > 0) | ("y" not in log))
+  return x[kept], y[kept]
+
+
+def _log(axis, values=()):
+  """Make an axis that has its data logarithmic, with plain numbers at `values` if these are few, else at round ones."""
+  from matplotlib import ticker
+
+  axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+  if axis.get_view_interval()[0] <= 0:  # no data yet
+    axis.axes.set(**{f"{axis.axis_name}lim": (1, 10)})
+  low, high = axis.get_view_interval()
+  values = np.unique(values)
+  if 0 < len(values) <= 8:
+    far = [values[0]]
+    for value in values[1:]:
+      if np.log(value / far[-1]) > 0.12 * np.log(high / low):  # labels of nearer ticks would touch
+        far.append(value)
+    axis.set_major_locator(ticker.FixedLocator(far))
+  elif high / low < 3:
+    axis.set_major_locator(ticker.MaxNLocator(6, steps=(1, 2, 5, 10)))
+  else:
+    subs = (1, 1.5, 2, 3, 5, 7) if high / low < 20 else (1, 2, 5) if high / low < 200 else (1,)
+    axis.set_major_locator(ticker.LogLocator(subs=subs))
+  axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+  axis.set_minor_locator(ticker.NullLocator())
+
+
+def _legend(figure, handles, place):
+  """One legend for all panels, "upper" or "lower", of as many columns as fit; returns how many rows it has."""
+  names = [handle.get_label() for handle in handles]
+  columns = max(int(figure.get_figwidth() * _DPI) // (60 + 7 * max(map(len, names))), 1)
+  legend = figure.legend(handles, names, loc=f"outside {place} left", ncols=columns, frameon=False, fontsize=9,
+                         labelcolor=_TEXT)
+  for text in legend.get_texts():
+    text.set_parse_math(False)
+  return -(-len(names) // columns)
+
+
 def comparison(rows, *, cell=48):
   """One row a model, one column a noise, pixels kept crisp.
 
@@ -104,29 +156,135 @@ def curves(series, title, ylabel, log=True):
   Args:
     series: dict name -> (steps [n], values [n]); values that are not finite are left out.
     title, ylabel: texts.
-    log: logarithmic values.
+    log: logarithmic values, without those that are not positive.
   Returns:
     PNG bytes.
   """
   figure = _figure(860, 400)
   axes = figure.add_subplot()
-  if log:
-    axes.set_yscale("log", nonpositive="mask")
   for i, (name, (steps, values)) in enumerate(series.items()):
-    steps, values = np.asarray(steps), np.asarray(values, np.float64)
-    kept = np.isfinite(values)
-    steps, values, colour = steps[kept], values[kept], _COLOURS[i % len(_COLOURS)]
+    steps, values = _points(steps, values, "y" if log else "")
+    colour = _COLOURS[i % len(_COLOURS)]
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
     smooth = ndimage.uniform_filter1d(values, max(len(values) // 50, 1), mode="nearest")
     axes.plot(steps, smooth, color=colour, linewidth=1.8, label=name)
-  axes.set_title(title, loc="left", fontsize=12, color=_TEXT, parse_math=False)
-  axes.set_xlabel("step", color=_TEXT)
-  axes.set_ylabel(ylabel, color=_TEXT, parse_math=False)
-  axes.grid(axis="y", color=_RULE, linewidth=0.6, alpha=0.6)
-  _bare(axes)
+  _titled(axes, title, "step", ylabel)
+  if log:
+    _log(axes.yaxis)
   if series:
     axes.legend(frameon=False, fontsize=9, labelcolor=_TEXT)
   figure.set_layout_engine("tight")
+  return _png(figure)
+
+
+def lines(panels, title):
+  """Panels side by side, a line for each series, with markers if its points are few; a name looks alike in all panels.
+
+  Args:
+    panels: list of (title, xlabel, ylabel, {name: (x [n], y [n])}, log), log the logarithmic axes: "", "x", "y" or
+      "xy". Points without a finite value, or without a positive one where it is logarithmic, are left out.
+    title: text over all panels.
+  Returns:
+    PNG bytes, 400 pixels high, 860 wide or 340 a panel where that is more.
+  Raises:
+    ValueError: no panels, or a log of other letters.
+  """
+  if not panels or any(set(log) - set("xy") for *_, log in panels):
+    raise ValueError(f'lines need panels with log "", "x", "y" or "xy", got {[log for *_, log in panels]}')
+  figure = _figure(max(860, 340 * len(panels)), 400)
+  figure.set_layout_engine("constrained")
+  figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=_TEXT, parse_math=False)
+  handles = {}
+  for axes, (heading, xlabel, ylabel, series, log) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    ticks = []
+    for name, (x, y) in series.items():
+      x, y = _points(x, y, log)
+      i = list(handles).index(name) if name in handles else len(handles)
+      line, = axes.plot(x, y, color=_COLOURS[i % len(_COLOURS)], linewidth=1.8, label=name, markersize=6,
+                        marker=_MARKERS[i % len(_MARKERS)] if len(x) <= 20 else None)
+      handles.setdefault(name, line)
+      ticks.extend(x)
+    _titled(axes, heading, xlabel, ylabel, size=10.5)
+    if "x" in log:
+      _log(axes.xaxis, ticks)
+    if "y" in log:
+      _log(axes.yaxis)
+  if handles:
+    _legend(figure, list(handles.values()), "lower")
+  return _png(figure)
+
+
+def _over_seeds(values):
+  """Mean and sample standard deviation of the values that are finite; nan without any, and 0 for fewer than two."""
+  values = np.asarray(values, np.float64)
+  values = values[np.isfinite(values)]
+  return values.mean() if len(values) else np.nan, values.std(ddof=1) if len(values) > 1 else 0.0
+
+
+def _limits(values, others):
+  """Limits of a logarithmic axis that shows all values, and the others if these take half of it at most."""
+  values = [v for v in values if v > 0] or [1]
+  low, high = min(values), max(values)
+  span = max(high / low, 1.1)
+  near = [np.clip(v, low / span, high * span) for v in others if v > 0]
+  low, high = min([low, *near]), max([high, *near])
+  margin = max((high / low) ** 0.08, 1.05)
+  return low / margin, high * margin
+
+
+def methods(rows, metrics, titles):
+  """Small multiples: a panel a metric, network calls from left to right, a line with error bars for each method.
+
+  Args:
+    rows: of `report.write_comparison`: points are means over the seeds that have a value, bars sample standard
+      deviations. The method "teacher" is a dashed grey line over the calls of the others, which may leave a panel
+      where the others would shrink to a stripe, and a horizontal grey line at its most calls.
+    metrics: keys of the rows' values, two panels a row; axes are logarithmic, without what is not positive.
+    titles: of the panels.
+  Returns:
+    PNG bytes, 860 pixels wide, 240 high for each row of panels and 20 for each row of the legend.
+  Raises:
+    ValueError: no rows but the teacher's, no metrics, or not a title for each.
+  """
+  values = {(row["method"], row["calls"]): row["values"] for row in rows}
+  names = list(dict.fromkeys(name for name, _ in values if name != "teacher"))
+  if not names or not metrics or len(metrics) != len(titles):
+    raise ValueError(f"need rows of methods, and metrics with a title each; got {names}, {metrics} and {titles}")
+  calls = sorted({n for name, n in values if name != "teacher"})
+  finest = max((n for name, n in values if name == "teacher"), default=None)
+  figure = _figure(860, 240 * -(-len(metrics) // 2))
+  figure.set_layout_engine("constrained")
+  panels = figure.subplots(-(-len(metrics) // 2), 2).ravel()
+  for axes in panels[len(metrics):]:
+    axes.remove()
+  for axes, metric, title in zip(panels, metrics, titles):
+    over_calls = lambda name: np.transpose([_over_seeds(values.get((name, n), {}).get(metric, [])) for n in calls])
+    handles, reach, teacher = [], [], []
+    if finest is not None:
+      goal, _ = _over_seeds(values["teacher", finest].get(metric, []))
+      teacher, _ = over_calls("teacher")
+      handles += axes.plot(teacher, "--", color=_TEACHER, linewidth=1.6, label="teacher")
+      handles.append(axes.axhline(goal, color=_TEACHER, linewidth=1.6, label=f"teacher, {finest} calls"))
+      reach.append(goal)
+    for i, name in enumerate(names):
+      mean, std = over_calls(name)
+      # Side by side, or the bars of methods that are alike would cover one another.
+      x = np.arange(len(calls)) + 0.56 * ((i + 0.5) / len(names) - 0.5)
+      handles.append(axes.errorbar(
+          x, mean, std, color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)], markersize=5.5,
+          linewidth=1, elinewidth=1.4, capsize=2.5, label=name))
+      # A bar may reach below zero, where a logarithmic axis has no place.
+      reach += [*np.maximum(mean - std, mean / 2), *(mean + std)]
+    axes.set_ylim(*_limits(reach, teacher))
+    _titled(axes, textwrap.fill(title, 48), "", "", size=10.5)
+    _log(axes.yaxis)
+    if not np.any(np.greater(reach, 0)):
+      axes.set_yticks([])
+    axes.set_xlim(-0.5, len(calls) - 0.5)
+    axes.set_xticks(range(len(calls)), calls)
+  for axes in panels[:len(metrics)][-2:]:
+    axes.set_xlabel("network calls a sample", color=_TEXT)
+  figure.set_figheight(figure.get_figheight() + 20 * _legend(figure, handles, "upper") / _DPI)
   return _png(figure)
 
 

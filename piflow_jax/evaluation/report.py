@@ -1,4 +1,4 @@
-"""The report of an evaluation: report.html to read, report.json to compute with."""
+"""The report of an evaluation or a comparison: an html to read, a json to compute with."""
 
 import base64
 import html
@@ -23,6 +23,26 @@ _COLUMNS = {  # key of a row: heading, format, what it says
     "seconds_per_1000": ("s / 1000", ".3g", "seconds for 1000 samples"),
 }
 
+_ROW = {  # of a comparison: key of a row: heading, format, what it says
+    "method": ("method", "", ""),
+    "calls": _COLUMNS["calls"],
+    "seeds": ("seeds", "d", "trainings and sets of noises; figures read mean ± standard deviation over them"),
+    "passes": ("passes", ".4g", "network passes a sample and training step, the teacher's counted"),
+    "steps": ("steps", "d", "training steps"),
+}
+_METRICS = {  # of a comparison: key of a row's values: heading, least decimals, what it says
+    "frechet": ("Fréchet ↓", 2, "Fréchet distance of features to those of held-out data; lower is better"),
+    "frechet_to_teacher": ("Fréchet to teacher ↓", 2, "the same to the many-step teacher's samples"),
+    "pixel_frechet": ("pixel Fréchet ↓", 2, "Fréchet distance of pixels to those of held-out data"),
+    "pixel_frechet_to_teacher": ("pixel Fréchet to teacher ↓", 2, "the same to the many-step teacher's samples"),
+    "accuracy": ("accuracy ↑", 3, _COLUMNS["accuracy"][2]),
+    "diversity": ("diversity", 3, _COLUMNS["diversity"][2]),
+    "endpoint_error": ("endpoint error ↓", 3, _COLUMNS["endpoint_error"][2]),
+    "seconds_per_step": ("s / step", 2, "seconds a training step"),
+    "seconds_per_1000": ("s / 1000", 2, _COLUMNS["seconds_per_1000"][2]),
+}
+_MOST_DECIMALS = 4
+
 _CSS = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--text:#1f2933;--soft:#5d6978;--rule:#e1e5ea;--accent:#d9480f;
 --tint:#fff1e8;--pass:#20793a;--fail:#c92a2a}
@@ -40,11 +60,14 @@ th,td{padding:7px 10px;text-align:right;border-bottom:1px solid var(--rule);whit
 tr:last-child td{border-bottom:0}
 th{font-size:.8rem;font-weight:600;color:var(--soft);vertical-align:bottom}
 .results th{white-space:normal}
+.results .group th{padding-top:18px;color:var(--text)}
+.results b{color:var(--accent)}
+main:has(.group){max-width:1400px}
 th:first-child,td:first-child{text-align:left}
 .student td{background:var(--tint)}
 .student td:first-child{color:var(--accent);font-weight:700}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:0 16px;align-items:start}
-.pair td:first-child{white-space:normal;overflow-wrap:anywhere}
+.pair td:first-child,.settings td{white-space:normal;overflow-wrap:anywhere}
 ul{list-style:none;margin:0;padding:0}
 .checks li{display:flex;gap:12px;padding:8px 0;border-bottom:1px solid var(--rule)}
 .checks li:last-child{border-bottom:0}
@@ -55,6 +78,7 @@ small,figcaption,.notes{color:var(--soft);font-size:.86rem}
 figcaption{margin-bottom:10px;color:var(--text);font-weight:600;font-size:.95rem}
 figure div{background:#fff;border-radius:8px;padding:8px;overflow-x:auto}
 figure img{display:block;margin:0 auto;max-width:100%;height:auto;min-width:min(100%,560px)}
+.notes li+li{margin-top:6px}
 details{margin-top:10px}summary{cursor:pointer;color:var(--soft);font-size:.86rem}
 @media(max-width:640px){figure img{max-width:none;width:640px}}
 """
@@ -75,22 +99,94 @@ def _text(value, form=".4g"):
   """A plain value as escaped text, a dash for None."""
   if value is None:
     return "–"
+  if isinstance(value, list):
+    return ", ".join(_text(v, form) for v in value)
   if isinstance(value, (bool, str)) or not form or (isinstance(value, int) and form != "d"):
     return html.escape(str(value))
   return format(int(value) if form == "d" else value, form)
 
 
-def _results(rows):
-  head = "".join(f'<th title="{html.escape(note)}">{html.escape(name)}</th>' for name, _, note in _COLUMNS.values())
+def _results(columns, body):
+  """The table of `body`, rows as html, under columns {key: (heading, format, what it says)}."""
+  head = "".join(f'<th title="{html.escape(note)}">{html.escape(name)}</th>' for name, _, note in columns.values())
+  notes = "".join(
+      f"<li><b>{html.escape(name)}</b>: {html.escape(note)}</li>" for name, _, note in columns.values() if note)
+  return (f'<h2>Results</h2><section><div class="wide"><table class="results"><thead><tr>{head}</tr></thead>'
+          f"{body}</table></div><details><summary>What the columns say</summary>"
+          f'<ul class="notes">{notes}</ul></details></section>')
+
+
+def _evaluated(rows):
   body = ""
   for row in rows:
     cells = "".join(f"<td>{_text(row.get(key), form)}</td>" for key, (_, form, _) in _COLUMNS.items())
     body += f'<tr class="{"student" if row.get("model") == "student" else "teacher"}">{cells}</tr>'
-  notes = "".join(
-      f"<li><b>{html.escape(name)}</b>: {html.escape(note)}</li>" for name, _, note in _COLUMNS.values() if note)
-  return (f'<h2>Results</h2><section><div class="wide"><table class="results"><thead><tr>{head}</tr></thead>'
-          f"<tbody>{body}</tbody></table></div><details><summary>What the columns say</summary>"
-          f'<ul class="notes">{notes}</ul></details></section>')
+  return _results(_COLUMNS, f"<tbody>{body}</tbody>")
+
+
+def _over_seeds(row):
+  """The plain row with `mean` and `std`, over the seeds that have a value; None where too few have."""
+  seeds = len(row["seeds"])
+  if any(len(values) != seeds for values in row["values"].values()):
+    raise ValueError(f"{row['method']}, {row['calls']} calls: every metric needs a value for each of {seeds} seeds, "
+                     f"got {({k: len(v) for k, v in row['values'].items()})}")
+  known = {k: [v for v in values if v is not None] for k, values in row["values"].items()}
+  return row | {"mean": {k: float(np.mean(v)) if v else None for k, v in known.items()},
+                "std": {k: float(np.std(v, ddof=1)) if len(v) > 1 else None for k, v in known.items()}}
+
+
+def _decimals(rows, metric, least):
+  """Decimals of a column: two significant digits for its smallest mean, in case figures are all small."""
+  means = [abs(row["mean"][metric]) for row in rows if row["mean"].get(metric)]
+  return min(max(least, math.ceil(-math.log10(min(means))) + 1), _MOST_DECIMALS) if means else least
+
+
+def _best(rows, metric, decimals, diversity):
+  """Indices of the rows that are best by their mean; `diversity` is the one to come close to, or None."""
+  if metric == "diversity" and diversity is None:
+    return []
+  misses = {"accuracy": lambda mean: -mean, "diversity": lambda mean: abs(mean - diversity)}
+  miss = misses.get(metric, lambda mean: mean)
+  # Without the seeds that failed, a mean flatters: such rows do not compete.
+  found = {i: miss(row["mean"][metric]) for i, row in enumerate(rows) if None not in row["values"].get(metric, [None])}
+  if metric.startswith("seconds"):
+    # Clocks differ from run to run: what reads alike is alike, and then nobody is faster.
+    found = {i: round(value, decimals) for i, value in found.items()}
+  best = [i for i, value in found.items() if value == min(found.values())]
+  return [] if metric.startswith("seconds") and len(best) > 1 else best
+
+
+def _mean_and_std(row, metric, decimals):
+  mean, std = row["mean"].get(metric), row["std"].get(metric)
+  if mean is None:
+    return "–"
+  known, seeds = sum(v is not None for v in row["values"][metric]), len(row["seeds"])
+  return (f"{mean:.{decimals}f}" + ("" if std is None else f" ± {std:.{decimals}f}")
+          + (f" ({known} of {seeds})" if known < seeds else ""))
+
+
+def _compared(rows):
+  """The table: the teacher's rows, then the methods' by number of calls, the best of each number bold."""
+  teacher = sorted((row for row in rows if row["method"] == "teacher"), key=lambda row: row["calls"])
+  methods = [row for row in rows if row["method"] != "teacher"]
+  diversity = teacher[-1]["mean"].get("diversity") if teacher else None
+  decimals = {metric: _decimals(rows, metric, least) for metric, (_, least, _) in _METRICS.items()}
+  groups = [("teacher", "teacher", teacher)] if teacher else []
+  for calls in sorted({row["calls"] for row in methods}):
+    groups.append(("method", f"{calls} call{'s' if calls != 1 else ''}", [r for r in methods if r["calls"] == calls]))
+  columns, body = _ROW | _METRICS, ""
+  for kind, heading, group in groups:
+    body += f'<tbody><tr class="group"><th colspan="{len(columns)}" scope="colgroup">{heading}</th></tr>'
+    best = {m: _best(group, m, d, diversity) if kind == "method" else [] for m, d in decimals.items()}
+    for i, row in enumerate(group):
+      told = row | {"seeds": len(row["seeds"])}
+      cells = [_text(told[key], form) for key, (_, form, _) in _ROW.items()]
+      for metric, digits in decimals.items():
+        cell = _mean_and_std(row, metric, digits)
+        cells.append(f"<b>{cell}</b>" if i in best[metric] else cell)
+      body += f'<tr class="{kind}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    body += "</tbody>"
+  return _results(columns, body)
 
 
 def _checks(checks):
@@ -114,16 +210,47 @@ def _numbers(title, numbers, form):
   return f"<div><h2>{title}</h2><section><table>{rows}</table></section></div>"
 
 
-def _picture(caption, png):
-  caption = html.escape(caption)
-  return (f'<figure><figcaption>{caption}</figcaption><div><img alt="{caption}" '
-          f'src="data:image/png;base64,{base64.b64encode(png).decode()}"></div></figure>')
+def _flat(settings, prefix=""):
+  """Nested dicts as one, with names joined by dots."""
+  flat = {}
+  for key, value in settings.items():
+    flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+  return flat
+
+
+def _notes(notes):
+  items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+  return f'<div><h2>Notes</h2><section><ul class="notes">{items}</ul></section></div>' if notes else ""
+
+
+def _pictures(pictures):
+  """Figures of a dict caption -> PNG bytes, under a heading."""
+  figures = ""
+  for caption, png in pictures.items():
+    caption = html.escape(caption)
+    figures += (f'<figure><figcaption>{caption}</figcaption><div><img alt="{caption}" '
+                f'src="data:image/png;base64,{base64.b64encode(png).decode()}"></div></figure>')
+  return f"<h2>Pictures</h2>{figures}" if pictures else ""
 
 
 def _write(path, text):
   temporary = path.parent / f"{path.name}.tmp"
   temporary.write_text(text)
   temporary.replace(path)
+
+
+def _save(folder, name, title, data, body):
+  """Write `data` as name.json and the page of `body`, pieces of html, as name.html; returns the page's epath.Path."""
+  folder = epath.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  title = html.escape(title)
+  page = ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+          '<meta name="viewport" content="width=device-width, initial-scale=1">'
+          f"<title>{title}</title><style>{_CSS}</style></head>"
+          f"<body><main><h1>{title}</h1>{''.join(body)}</main></body></html>\n")
+  _write(folder / f"{name}.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
+  _write(folder / f"{name}.html", page)
+  return folder / f"{name}.html"
 
 
 def write_report(folder, *, title, rows, minutes, reference, pictures, checks):
@@ -141,25 +268,44 @@ def write_report(folder, *, title, rows, minutes, reference, pictures, checks):
   Returns:
     epath.Path of report.html.
   """
-  folder = epath.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   checks = [dict(zip(("text", "value", "bound", "passed"), check, strict=True)) for check in checks]
   data = _plain({"rows": rows, "minutes": minutes, "reference": reference, "checks": checks})
-  body = [
-      f"<h1>{html.escape(title)}</h1>",
+  return _save(folder, "report", title, data, [
       _checks(data["checks"]),
-      _results(data["rows"]),
-      "<h2>Pictures</h2>" if pictures else "",
-      *(_picture(caption, png) for caption, png in pictures.items()),
+      _evaluated(data["rows"]),
+      _pictures(pictures),
       '<div class="pair">',
       _numbers("Reference", data["reference"], ".4g"),
       _numbers("Minutes", data["minutes"], ".1f"),
       "</div>",
-  ]
-  page = ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
-          '<meta name="viewport" content="width=device-width, initial-scale=1">'
-          f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>"
-          f"<body><main>{''.join(body)}</main></body></html>\n")
-  _write(folder / "report.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
-  _write(folder / "report.html", page)
-  return folder / "report.html"
+  ])
+
+
+def write_comparison(folder, *, title, rows, settings, notes, pictures):
+  """Write compare.html, which needs no other file, and compare.json; each appears whole or not at all.
+
+  Args:
+    folder: made if need be.
+    title: text.
+    rows: list of dicts {method, calls, seeds: [int], passes, steps, values: {metric: [a value a seed]}}, a row for each
+      method and number of calls; the method "teacher" is what the others imitate. passes (network passes a sample and
+      training step), steps and values may be None. compare.json adds the dicts mean and std (the sample's, None for
+      one seed).
+    settings: dict name -> value, or another such dict.
+    notes: list of texts.
+    pictures: dict caption -> PNG bytes.
+  Returns:
+    epath.Path of compare.html.
+  Raises:
+    ValueError: a metric without one value a seed.
+  """
+  rows = [_over_seeds(row) for row in _plain(rows)]
+  data = {"rows": rows, "settings": _plain(settings), "notes": _plain(notes)}
+  return _save(folder, "compare", title, data, [
+      _compared(data["rows"]),
+      _pictures(pictures),
+      '<div class="pair settings">',
+      _numbers("Settings", _flat(data["settings"]), ".4g"),
+      _notes(data["notes"]),
+      "</div>",
+  ])

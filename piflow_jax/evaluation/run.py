@@ -9,6 +9,7 @@ and the teacher's own again from fresh noise. Leaves report.html and report.json
 import functools
 import json
 import time
+from typing import Callable, NamedTuple
 
 from etils import epath
 import jax
@@ -45,80 +46,121 @@ def draw_all(draw, noise, labels, batch_size, bar):
   return np.concatenate(parts)[:n], seconds * n / len(noise)
 
 
-def measure(samples, labels, reference, real_features, teacher_features, extract, predict):
-  """The figures of one row: samples [n, H, W, C] of the given labels; `reference` the teacher's from the same noise."""
-  features = extract(samples)
+def measure(samples, labels, reference, real, teacher, extract, predict):
+  """The figures of one row.
+
+  Args:
+    samples: [n, H, W, C] of the given labels.
+    labels: [n].
+    reference: the many-step teacher's from the same noise and labels.
+    real: images to be like, [m, H, W, C].
+    teacher: the many-step teacher's from other noise, alike.
+    extract, predict: images -> features [n, D], labels [n].
+  """
+  features, real_features = extract(samples), extract(real)
   precision, recall = metrics.precision_recall(real_features, features)
+  pixels = lambda images: images.reshape(len(images), -1)
   return dict(
       frechet=metrics.frechet_distance(real_features, features),
-      frechet_to_teacher=metrics.frechet_distance(teacher_features, features),
+      frechet_to_teacher=metrics.frechet_distance(extract(teacher), features),
+      pixel_frechet=metrics.frechet_distance(pixels(real), pixels(samples)),
+      pixel_frechet_to_teacher=metrics.frechet_distance(pixels(teacher), pixels(samples)),
       precision=precision, recall=recall,
       accuracy=metrics.accuracy(predict(samples), labels),
       diversity=metrics.class_diversity(samples, labels),
       endpoint_error=metrics.endpoint_error(samples, reference, labels))
 
 
-def evaluate(config, workdir):
-  """All rows of the report for the student in workdir; returns the path of report.html."""
+class Bench(NamedTuple):
+  """What models of one data set are held against."""
+
+  train: tuple  # (images, labels)
+  held_out: tuple
+  extract: Callable  # images -> features [n, D]
+  predict: Callable  # images -> labels [n]
+  labels: np.ndarray  # [samples] of what is drawn
+  noises: Callable  # seed -> (noise, fresh noise), [samples, H, W, C] each
+  draw: Callable  # (flow_map_of, nfe) -> jitted (weights, noise, cond) -> x_0; flow_map_of is (weights, cond) -> flow map
+
+
+def bench(config, mesh):
+  """The data, features and draws that config.evaluation names. Raises errors.UserError."""
   c = config.evaluation
   if c.features is None:
     raise errors.UserError("config.evaluation.features: is empty; name a function that gives (extract, predict)")
-  began = time.time()
-  mesh = sharding.make_mesh(**config.mesh)
   if c.batch_size % mesh.size:
     raise errors.UserError(
         f"config.evaluation.batch_size: {c.batch_size} does not divide over {mesh.size} devices; choose a multiple")
+  source = functools.partial(config.data.source, shape=config.data.shape, num_classes=config.data.num_classes)
+  train, held_out = (_stack(source(split)) for split in ("train", "held_out"))
+  extract, predict = c.features(*train)
+  split = jax.NamedSharding(mesh, sharding.BATCH)
+
+  def noises(seed):
+    draw = lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), (c.samples, *config.data.shape))
+    return tuple(np.asarray(draw(i)) for i in range(2))
+
+  def draw(flow_map_of, nfe):
+    return jax.jit(lambda weights, noise, cond: sampler.sample(
+        flow_map_of(weights, cond), noise, jax.random.key(c.seed), nfe=nfe, shift=build.shift(config),
+        final_scale=config.flow.final_scale), in_shardings=(None, split, split))
+
+  labels = (np.arange(c.samples) % config.data.num_classes).astype(np.int32)
+  return Bench(train, held_out, extract, predict, labels, noises, draw)
+
+
+def teacher_flow_map_of(config):
+  """(weights, cond) -> the teacher's flow map, for `Bench.draw`."""
+  return lambda weights, cond: build.teacher_flow_map(config, weights, cond)
+
+
+def student_flow_map_of(run, nfe):
+  """((params, teacher's params), cond) -> the student's flow map in nfe calls, for `Bench.draw`."""
+  return lambda weights, cond: run.flow_map(*weights, cond, nfe)
+
+
+def evaluate(config, workdir):
+  """All rows of the report for the student in workdir; returns the path of report.html."""
+  c, began = config.evaluation, time.time()
+  mesh = sharding.make_mesh(**config.mesh)
   run = build.run(config)
   if run.teacher_shapes is None:
     raise errors.UserError("config.method: this run has no teacher to be held against; evaluate a student's config")
+  b = bench(config, mesh)
   jitted = train_loop.compile_run(config, mesh, run)
   teacher_params = train_loop.load_teacher(config, jitted["teacher"])
   params = checkpoint.load_weights(workdir, jitted["state"].ema, "ema", "--workdir")
-  source = functools.partial(config.data.source, shape=config.data.shape, num_classes=config.data.num_classes)
-  real, held_out = (_stack(source(split)) for split in ("train", "held_out"))
-  extract, predict = c.features(*real)
+  noise, fresh = b.noises(c.seed)
 
-  shape, classes = config.data.shape, config.data.num_classes
-  labels = (np.arange(c.samples) % classes).astype(np.int32)
-  noise, fresh = (np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(c.seed), i), (c.samples, *shape)))
-                  for i in range(2))
-  split = jax.NamedSharding(mesh, sharding.BATCH)
-
-  def sampling(flow_map, weights, nfe):
-    draw = jax.jit(lambda weights, noise, cond: sampler.sample(
-        flow_map(weights, cond), noise, jax.random.key(c.seed), nfe=nfe, shift=config.flow.shift,
-        final_scale=config.flow.final_scale), in_shardings=(None, split, split))
-    return lambda noise, cond: draw(weights, noise, cond)
-
-  teacher_draw = lambda nfe: sampling(lambda p, cond: build.teacher_flow_map(config, p, cond), teacher_params, nfe)
-  models = [("teacher", nfe, teacher_draw(nfe)) for nfe in TEACHER_STEPS]
-  models.append(("student", config.sampling.nfe, sampling(
-      lambda p, cond: run.flow_map(p[0], p[1], cond), (params, teacher_params), config.sampling.nfe)))
+  nfe = config.sampling.nfe
+  models = [("teacher", n, functools.partial(b.draw(teacher_flow_map_of(config), n), teacher_params)) for n in TEACHER_STEPS]
+  models.append(("student", nfe, functools.partial(b.draw(student_flow_map_of(run, nfe), nfe), (params, teacher_params))))
 
   with tqdm.tqdm(total=c.samples * (len(models) + 1), unit="image", desc=f"{workdir}: sampling") as bar:
-    drawn = [draw_all(draw, noise, labels, c.batch_size, bar) for _, _, draw in models]
-    own, _ = draw_all(models[0][2], fresh, labels, c.batch_size, bar)
+    drawn = [draw_all(draw, noise, b.labels, c.batch_size, bar) for _, _, draw in models]
+    own, _ = draw_all(models[0][2], fresh, b.labels, c.batch_size, bar)
   # Held-out images, not those trained on: a teacher that learnt its data by heart must not look better for it.
-  real_features, own_features, train_features = extract(held_out[0]), extract(own), extract(real[0])
   rows = []
   for (model, calls, _), (samples, seconds) in zip(models, drawn):
     rows.append(dict(model=model, calls=calls) | measure(
-        samples, labels, drawn[0][0], real_features, own_features, extract, predict)
+        samples, b.labels, drawn[0][0], b.held_out[0], own, b.extract, b.predict)
         | dict(seconds_per_1000=seconds * 1000 / c.samples))
 
-  to_train = lambda samples: metrics.frechet_distance(train_features, extract(samples))
+  real_features, train_features = b.extract(b.held_out[0]), b.extract(b.train[0])
+  to_train = lambda samples: metrics.frechet_distance(train_features, b.extract(samples))
   reference = dict(
       frechet_of_train_images=metrics.frechet_distance(real_features, train_features),
-      frechet_of_fresh_teacher=metrics.frechet_distance(real_features, own_features),
+      frechet_of_fresh_teacher=metrics.frechet_distance(real_features, b.extract(own)),
       frechet_to_train_of_teacher=to_train(drawn[0][0]), frechet_to_train_of_student=to_train(drawn[-1][0]),
-      held_out_images=len(held_out[0]), held_out_accuracy=metrics.accuracy(predict(held_out[0]), held_out[1]),
+      held_out_images=len(b.held_out[0]), held_out_accuracy=metrics.accuracy(b.predict(b.held_out[0]), b.held_out[1]),
       guidance_scale=config.teacher.guidance_scale, samples=c.samples, seed=c.seed)
+  classes = config.data.num_classes
   shown = slice(0, 2 * classes)
   name = lambda model, calls: f"{model}, {calls} {'call' if calls == 1 else 'calls'}"
   pictures = {
       "The same noises through teacher and student": figures.comparison(
           [(name(m, n), samples[shown]) for (m, n, _), (samples, _) in zip(models, drawn)]
-          + [("real digits" if classes == 10 else "real", _by_label(real, labels[shown]))]),
+          + [("real digits" if classes == 10 else "real", _by_label(b.train, b.labels[shown]))]),
       "Quality by network calls": figures.quality(rows),
   }
   minutes = {}

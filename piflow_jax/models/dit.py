@@ -21,7 +21,7 @@ SIZES = {
 SHARDING = (
     (r"blocks/attention/out/kernel", (None, None, None, "fsdp")),
     (r"blocks/.*(qkv|in|out|adaln)/kernel", (None, "fsdp")),
-    (r"(adaln_out|time_in|time_out|logstd_in|logstd_out)/kernel", ("fsdp",)),
+    (r"(adaln_out|time_in|time_out|span_in|span_out|logstd_in|logstd_out)/kernel", ("fsdp",)),
     (r"patch_embed/kernel", (None, "fsdp")),
     (r"class_embed/embedding", (None, "fsdp")),
     (r"head/(out|means|logweights)/kernel", ("fsdp",)),
@@ -63,6 +63,7 @@ class DiT(nn.Module):
     num_classes: label `num_classes` is the null class of guidance.
     time_scale: what t is multiplied by before its embedding: 1 (REPA) or 1000 (FM-DiT).
     unroll: blocks in one turn of the loop over them: more compile slower, and on a CPU run up to twice as fast.
+    two_times: the network is also told where it goes, t_dst [B], by a second embedding of the span t - t_dst (MeanFlow).
     mlp_norm_eps: 1e-6 (facebookresearch/DiT, SiT, REPA) or 1e-5 (the authors' diffusers-based models).
   """
 
@@ -77,10 +78,11 @@ class DiT(nn.Module):
   mlp_norm_eps: float = 1e-5
   remat: bool = True
   unroll: int = 1
+  two_times: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, t, labels):
+  def __call__(self, x, t, labels, t_dst=None):
     grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
     dense = functools.partial(nn.Dense, dtype=self.dtype)
     normal, xavier = nn.initializers.normal(0.02), nn.initializers.xavier_uniform()
@@ -88,9 +90,15 @@ class DiT(nn.Module):
     tokens = dense(self.width, kernel_init=xavier, name="patch_embed")(layers.patchify(x, self.patch))
     tokens += layers.sincos_positions(*grid, self.width).astype(self.dtype)[None]
 
-    features = layers.time_features(t * self.time_scale)
-    embedding = nn.silu(dense(self.width, kernel_init=normal, name="time_in")(features))
-    embedding = dense(self.width, kernel_init=normal, name="time_out")(embedding)
+    def embed_time(t, name, out_init):
+      features = layers.time_features(t * self.time_scale)
+      hidden = nn.silu(dense(self.width, kernel_init=normal, name=f"{name}_in")(features))
+      return dense(self.width, kernel_init=out_init, name=f"{name}_out")(hidden)
+
+    embedding = embed_time(t, "time", normal)
+    if self.two_times:
+      # Zero at first: a network that starts from a teacher says the teacher's velocity for every span.
+      embedding += embed_time(t - t_dst, "span", nn.initializers.zeros_init())
     table = nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, embedding_init=normal, name="class_embed")
     embedding += table(labels)
 

@@ -80,6 +80,19 @@ class VelocityHead(nn.Module):
     return unpatchify(y, grid, self.patch).reshape(-1, h * self.patch, w * self.patch, self.channels)
 
 
+def project_velocities(tokens, grid, *, count, channels, patch, dtype):
+  """Inside a head: `count` output layers of a flow model side by side, tokens [B, N, D] -> [B, count, H, W, C]."""
+  y = Projection((patch**2, count, channels), dtype, nn.initializers.zeros_init(), name="out")(tokens)
+  y = jnp.moveaxis(unpatchify(y, grid, patch), 2, 1)
+  return y.reshape(*y.shape[:2], grid[0] * patch, grid[1] * patch, channels)
+
+
+def copy_output_layer(teacher_head, head):
+  """Parameters of `project_velocities`, shaped like head's, with the teacher's output layer in each of its places."""
+  copy = lambda theirs, mine: jnp.broadcast_to(jnp.expand_dims(theirs, -2), mine.shape)
+  return {"out": jax.tree.map(copy, teacher_head["out"], head["out"])}
+
+
 class Attention(nn.Module):
   """Multi-head self-attention, [B, N, D] -> [B, N, D]. One kernel [D, 3, heads, head_dim] for q, k and v."""
 

@@ -245,10 +245,10 @@ def to_policy(mixture, x_src, t_src, *, eps=1e-6):
 
 
 def with_temperature(policy, temperature):
-  """The policy sharpened for sampling: w <- softmax(log w / T), v <- v T, T floored at eps."""
-  temperature = max(temperature, policy.eps)
+  """The policy sharpened for sampling: w <- softmax(log w / T), v <- v T, T (a number or [B]) floored at eps."""
+  temperature = jnp.broadcast_to(jnp.maximum(temperature, policy.eps), policy.var.shape)
   return policy.replace(
-      logweights=jax.nn.log_softmax(policy.logweights / temperature, axis=1), var=policy.var * temperature)
+      logweights=jax.nn.log_softmax(policy.logweights / column(temperature), axis=1), var=policy.var * temperature)
 
 
 def drop_components(policy, uniform, *, rate):
@@ -285,6 +285,10 @@ class GMHead(nn.Module):
       return policy
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (self.components,)))(keys)
     return drop_components(policy, uniform, rate=self.dropout)
+
+  def sharpen(self, policy, temperature):
+    """See `with_temperature`."""
+    return with_temperature(policy, temperature)
 
   def from_teacher(self, teacher_head, fresh, key):
     """Parameters that start where the teacher is; see `head_from_teacher`."""

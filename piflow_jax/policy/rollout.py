@@ -15,7 +15,8 @@ def rollout(policy, x, tau_src, tau_dst, *, shift=1.0, total_substeps=128, max_s
   """Integrate dx = pi(x, t) dt from tau_src to tau_dst in max(n, 1) substeps that are equal in raw time.
 
   Args:
-    policy: pytree with `velocity(x, t)`; it may offer `by_position` (see gmm.py) to be integrated in its own layout.
+    policy: pytree with `velocity(x, t)`; it may offer `by_position` (see gmm.py) to be integrated in its own layout, or
+      `advance(x, tau_src, tau_dst)` (see parallel.py) where it knows its integral without any substep.
     x: [B, H, W, C] start.
     tau_src, tau_dst: [B] raw times; a destination below 0 sets the substep's size but time stops at 0.
     shift: of `flow.warp`.
@@ -24,6 +25,8 @@ def rollout(policy, x, tau_src, tau_dst, *, shift=1.0, total_substeps=128, max_s
   Returns:
     x at tau_dst, [B, H, W, C].
   """
+  if hasattr(policy, "advance"):
+    return policy.advance(x, tau_src, tau_dst)
   n = jnp.maximum(count_substeps(tau_src, tau_dst, total_substeps), 1)
   n_max = n.max()
   steps = jnp.arange(max_substeps or total_substeps, dtype=tau_src.dtype)
