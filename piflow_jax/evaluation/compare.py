@@ -37,11 +37,11 @@ CALLS = flags.DEFINE_list("calls", ["1", "2", "4"], "Network calls a sample.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Trainings of each model, and sets of noises.", lower_bound=1)
 
 TEACHER_STEPS = (1, 2, 4, 8, 128)
-METRICS = {
-    "frechet": "Frechet distance to held-out data (features)",
-    "frechet_to_teacher": "Frechet distance to the teacher's samples (features)",
-    "pixel_frechet": "Frechet distance to held-out data (pixels)",
-    "pixel_frechet_to_teacher": "Frechet distance to the teacher's samples (pixels)",
+METRICS = {  # of `run.measure`, and what a picture calls them
+    "frechet": "Fréchet to held-out data, features",
+    "frechet_to_teacher": "Fréchet to the teacher, features",
+    "pixel_frechet": "Fréchet to held-out data, pixels",
+    "pixel_frechet_to_teacher": "Fréchet to the teacher, pixels",
     "accuracy": "Accuracy of the conditioned class",
     "diversity": "Diversity within a class",
     "endpoint_error": "Endpoint error",
@@ -106,7 +106,9 @@ def compare(config_of, workdir, *, methods, calls, seeds):
     draw_all = lambda draw, noise: run_lib.draw_all(draw, noise, b.labels, config.evaluation.batch_size, bar)
 
     def add(name, nfe, seed, samples, seconds, job=None):
-      values = run_lib.measure(samples, b.labels, ends[seed], b.held_out[0], own[seed], b.extract, b.predict)
+      values = dict.fromkeys(METRICS)  # of a model that diverged there is nothing to measure
+      if np.isfinite(samples).all():
+        values |= run_lib.measure(samples, b.labels, ends[seed], b.held_out[0], own[seed], b.extract, b.predict)
       values = {k: values[k] for k in METRICS} | {
           "seconds_per_step": _seconds_per_step(job["folder"]) if job else None,
           "seconds_per_1000": seconds * 1000 / config.evaluation.samples}
@@ -225,7 +227,8 @@ def _main(argv):
   result = json.loads((path.parent / "compare.json").read_text())
   print(f"{'method':<18} {'calls':>5} " + " ".join(f"{name:>24}" for name in METRICS))
   for row in result["rows"]:
-    cells = (f"{row['mean'][k]:.3f}" + (f" ± {row['std'][k]:.3f}" if row["std"][k] is not None else "") for k in METRICS)
+    number = lambda value: "-" if value is None else f"{value:.3f}"
+    cells = (f"{number(row['mean'][k])} ± {number(row['std'][k])}" for k in METRICS)
     print(f"{row['method']:<18} {row['calls']:>5} " + " ".join(f"{cell:>24}" for cell in cells))
   print(path)
   return 0

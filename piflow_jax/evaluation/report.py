@@ -34,7 +34,7 @@ _METRICS = {  # of a comparison: key of a row's values: heading, least decimals,
     "frechet": ("Fréchet ↓", 2, "Fréchet distance of features to those of held-out data; lower is better"),
     "frechet_to_teacher": ("Fréchet to teacher ↓", 2, "the same to the many-step teacher's samples"),
     "pixel_frechet": ("pixel Fréchet ↓", 2, "Fréchet distance of pixels to those of held-out data"),
-    "pixel_frechet_to_teacher": ("pixel Fréchet to teacher ↓", 2, "the same to the many-step teacher's samples"),
+    "pixel_frechet_to_teacher": ("pixel Fréchet to teacher ↓", 2, "that of pixels to the many-step teacher's samples"),
     "accuracy": ("accuracy ↑", 3, _COLUMNS["accuracy"][2]),
     "diversity": ("diversity", 3, _COLUMNS["diversity"][2]),
     "endpoint_error": ("endpoint error ↓", 3, _COLUMNS["endpoint_error"][2]),
@@ -136,9 +136,9 @@ def _over_seeds(row):
 
 
 def _decimals(rows, metric, least):
-  """Decimals of a column: two significant digits for its smallest mean, in case figures are all small."""
+  """Decimals of a column: three significant digits for its smallest mean, but not below `least`."""
   means = [abs(row["mean"][metric]) for row in rows if row["mean"].get(metric)]
-  return min(max(least, math.ceil(-math.log10(min(means))) + 1), _MOST_DECIMALS) if means else least
+  return min(max(least, math.ceil(-math.log10(min(means))) + 2), _MOST_DECIMALS) if means else least
 
 
 def _best(rows, metric, decimals, diversity):

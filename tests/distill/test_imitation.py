@@ -7,6 +7,7 @@ import pytest
 
 from piflow_jax import flow
 from piflow_jax.distill import imitation
+from piflow_jax.distill import segments
 from piflow_jax.policy import gmm
 from tests import golden
 
@@ -20,13 +21,17 @@ def _segment(data, case):
 
   shift = float(get("shift"))
   x_src, tau_src = golden.nhwc(get("x_t_src")), jnp.asarray(get("raw_t_src"))
-  segment = jnp.asarray(get("segment_size"))
+  t_src, segment = flow.warp(tau_src, shift), jnp.asarray(get("segment_size"))
   draws = imitation.Draws(jnp.asarray(get("uniform_student")), jnp.asarray(get("uniform_teacher")))
-  dropout = float(get("gm_dropout"))
-  ratio = float(get("teacher_ratio"))
+  is_gm, ratio = case.startswith("gm"), float(get("teacher_ratio"))
+  dropout = float(get("gm_dropout")) if is_gm else 0.0
 
-  def loss(mixture):
-    policy = gmm.to_policy(mixture, x_src, flow.warp(tau_src, shift), eps=1e-6)
+  def loss(output):
+    if is_gm:
+      policy = gmm.to_policy(output, x_src, t_src, eps=1e-6)
+    else:
+      policy = golden.dx_policy(output, get("x_t_src"), t_src, segment=float(get("policy_segment_size")),
+                                shift=float(get("policy_shift")))
     behaviour = policy
     if dropout:
       behaviour = gmm.drop_components(policy, jnp.asarray(get("uniform_dropout"))[:, :, 0, 0, 0], rate=dropout)
@@ -34,16 +39,20 @@ def _segment(data, case):
         policy, behaviour, teacher, x_src, tau_src, segment, draws, shift=shift, teacher_ratio=ratio, loss_scale=3.0,
         window_substeps=int(get("window_substeps")), max_segment=float(np.max(get("segment_size"))))
 
-  mixture = golden.mixture(data, f"{case}_den_")
-  return jax.jit(jax.value_and_grad(loss, has_aux=True))(mixture), get
+  output = golden.mixture(data, f"{case}_den_") if is_gm else jnp.asarray(get("den"))
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))(output), get
+
+
+SETTINGS = ["gm_dropout", "dx_mixed", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "gm_plain", "gm_mixed", "gm_full_teacher", "gm_mixed_w3_2", "dx_plain", "dx_full_teacher", "dx_mixed_w3_2"))]
 
 
 @pytest.mark.parametrize("regime", ["nfe1", "nfe4"])
-@pytest.mark.parametrize("setting", ["dropout", *(
-    pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "mixed", "full_teacher", "mixed_w3_2"))])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_segment_vectors_float64(x64, setting, regime):
   data = golden.load("piid_segment", np.float64)
-  ((loss, aux), grads), get = _segment(data, f"gm_{setting}_{regime}")
+  case = f"{setting}_{regime}"
+  ((loss, aux), grads), get = _segment(data, case)
   close = lambda got, want, rtol=1e-8: np.testing.assert_allclose(
       got, want, rtol=rtol, atol=rtol * np.abs(np.asarray(want)).max())
   close(aux["tau_a"], get("raw_t_a"))
@@ -54,21 +63,43 @@ def test_segment_vectors_float64(x64, setting, regime):
   close(aux["u_policy"], golden.nhwc(get("pred_u")))
   close(aux["x_dst"], golden.nhwc(get("x_t_dst")))
   close(loss, get("loss"))
-  close(grads.means, golden.means(get("grad_means")))
-  close(grads.logweights, golden.logweights(get("grad_logweights")), 1e-7)
-  close(grads.logstd, golden.scalars(get("grad_logstds")), 1e-7)
+  if setting.startswith("dx"):
+    close(grads, get("grad_den"))
+    return
+  want = golden.mixture(data, f"{case}_grad_")
+  close(grads.means, want.means)
+  close(grads.logweights, want.logweights, 1e-7)
+  close(grads.logstd, want.logstd, 1e-7)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gm", "dx"])
 @pytest.mark.parametrize("regime", ["nfe1", "nfe4"])
-def test_segment_vectors_float32(regime):
+def test_segment_vectors_float32(kind, regime):
   # float32 sums 128 substeps; gradients to the 1e-3 that the vectors' README names.
-  case = f"gm_mixed_{regime}"
+  case = f"{kind}_mixed_{regime}"
   ((loss, _), grads), _ = _segment(golden.load("piid_segment"), case)
   want = golden.load("piid_segment", np.float64)
   np.testing.assert_allclose(loss, want[f"{case}_loss"], rtol=1e-4)
-  means = golden.means(want[f"{case}_grad_means"])
-  np.testing.assert_allclose(grads.means, means, rtol=1e-3, atol=1e-3 * float(jnp.abs(means).max()))
+  got, means = (grads.means, golden.means(want[f"{case}_grad_means"])) if kind == "gm" else (grads, want[f"{case}_grad_den"])
+  np.testing.assert_allclose(got, means, rtol=1e-3, atol=1e-3 * float(np.abs(means).max()))
+
+
+@pytest.mark.slow
+def test_midpoint_label_is_the_teachers_mean_over_the_window():
+  """A teacher u = t (whatever x): its mean over [t_a, t_b] is (t_a + t_b) / 2, by a midpoint step exactly."""
+  b, window = 3, 4
+  x_src, tau_src = jnp.zeros((b, 1, 1, 1)), jnp.ones(b)
+  policy = gmm.GMPolicy(jnp.zeros((b, 1, 1, 1)), jnp.zeros((b, 1, 1)), jnp.full(b, 0.1), jnp.zeros((b, 1, 1)), tau_src)
+  draws = imitation.Draws(jax.random.uniform(jax.random.key(0), (b, 2)), jax.random.uniform(jax.random.key(1), (b, 1)))
+  label = lambda method: imitation.segment_loss(
+      policy, policy, lambda x, t: flow.broadcast_to(t, x) + 0 * x, x_src, tau_src, jnp.ones(b), draws, shift=2.0,
+      total_substeps=16, window_substeps=window, method=method)[1]
+  euler, midpoint = label("euler"), label("midpoint")
+  t_a, t_b = (flow.warp(jnp.maximum(euler[k], 0), 2.0) for k in ("tau_a", "tau_average"))
+  np.testing.assert_allclose(euler["u_teacher"][..., 0, 0, 0], t_a, rtol=1e-6)
+  np.testing.assert_allclose(midpoint["u_teacher"][..., 0, 0, 0], (t_a + t_b) / 2, rtol=1e-6)
+  np.testing.assert_array_equal(euler["x_a"], midpoint["x_a"])
 
 
 def test_teacher_ratio_falls_to_zero():
@@ -76,7 +107,7 @@ def test_teacher_ratio_falls_to_zero():
   assert imitation.teacher_ratio_at(3, 0) == 0
 
 
-def _objective(teacher, captured, **settings):
+def _objective(teacher, make):
   def student(params, base, x, t, cond):
     del base, cond
     b, positions = x.shape[0], x.shape[1] * x.shape[2]
@@ -85,17 +116,18 @@ def _objective(teacher, captured, **settings):
     return gmm.to_policy(gmm.Mixture(means, logweights, jnp.full(b, jnp.log(0.5))), x, t)
 
   def perturb(policy, keys):
-    captured.append(policy)
     uniform = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(keys)
     return gmm.drop_components(policy, uniform, rate=0.5)
 
-  return imitation.objective(student, teacher, perturb, **settings)
+  segment = imitation.segment(student, teacher, perturb, num_states=2, total_substeps=16, window_substeps=2)
+  return make(segment, nfe=2)
 
 
-def test_objective_is_a_function_of_each_samples_own_key():
+@pytest.mark.parametrize("make", [segments.on_data, segments.data_free])
+def test_objective_is_a_function_of_each_samples_own_key(make):
   """Half of the batch alone gives the same losses: draws hang on the sample's key, not on the batch around it."""
   teacher = lambda params, x, t, cond: -x
-  objective = _objective(teacher, [], nfe=2, num_states=2, total_substeps=16, window_substeps=2)
+  objective = _objective(teacher, make)
   x_0 = jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
   keys = jax.random.split(jax.random.key(1), 4)
   params = jnp.array([-0.5, 0.7])
@@ -132,8 +164,8 @@ def test_a_perfect_student_has_no_loss(window):
     policy_var = (var * t**2 / total[:, 0, 0])
     return gmm.GMPolicy(x_0[:, :, None] + params, jnp.zeros((b, 1, positions)), policy_var, y, t, 1e-6)
 
-  objective = imitation.objective(student, exact, lambda policy, keys: policy, nfe=2, num_states=3,
-                                  total_substeps=256, window_substeps=window)
+  objective = segments.on_data(imitation.segment(
+      student, exact, lambda policy, keys: policy, num_states=3, total_substeps=256, window_substeps=window), nfe=2)
   x_0 = mean + var**0.5 * jax.random.normal(jax.random.key(0), (64, 2, 2, 1))
   batch, keys = {"x_0": x_0, "cond": jnp.zeros(64)}, jax.random.split(jax.random.key(1), 64)
   loss = lambda p: objective(p, None, batch, keys, 2)[1]["loss"]

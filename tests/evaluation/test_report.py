@@ -81,12 +81,104 @@ def test_charts_decode():
   assert not (no_student == [0xd9, 0x48, 0x0f]).all(-1).any()
 
 
+def _method(method, calls, *, passes=5, steps=100, **values):
+  return dict(method=method, calls=calls, seeds=list(range(max(map(len, values.values()), default=3))), passes=passes,
+              steps=steps, values=values)
+
+
+BLUE, ORANGE, GREY, RULE = [0x1c, 0x6d, 0xd0], [0xd9, 0x48, 0x0f], [0x8a, 0x94, 0xa3], [0xd5, 0xda, 0xe1]
+
+
+def _where(png, colour, tolerance=0):
+  return (np.abs(_decoded(png).astype(int) - colour) <= tolerance).all(-1)
+
+
+def test_methods_puts_each_metric_in_a_panel():
+  draw = lambda rows, metrics="ab": figures.methods(rows, list(metrics), [f"Metric ${m}" for m in metrics])
+  rows = [_method("teacher", 1, a=[9.0, 9.1], b=[2.0, 2.0]), _method("teacher", 128, a=[1.0, 1.0], b=[None, 0.0]),
+          _method("gm", 1, a=[2.0, 2.5], b=[None, float("nan")]), _method("gm", 4, a=[2.0, 2.0], b=[None, None]),
+          _method("$dx", 1, a=[3.0, 3.5], b=[1.0, 1.0]), _method("$dx", 4, a=[2.0, None], b=[1.0, 1.5])]
+  picture = draw(rows)
+  # Four names of 60 + 7 * 18 pixels each fit one row of the legend.
+  assert _decoded(picture).shape == (260, 860, 3) and _decoded(draw(rows, "aba")).shape == (500, 860, 3)
+  below = slice(60, None)
+  gm, dx = _where(picture, BLUE)[below], _where(picture, ORANGE)[below]
+  assert gm[:, :430].any() and not gm[:, 430:].any()  # without values, no line
+  assert dx[:, :430].any() and dx[:, 430:].any()
+  # The most calls of the teacher are one line from side to side, where there is a value to show.
+  lines = _where(picture, GREY)[below].sum(1), _where(picture, GREY)[below, 430:].sum(1)
+  assert lines[0].max() > 300 and lines[1].max() < 200
+  assert _decoded(draw(rows[2:])).shape == (260, 860, 3) and not _where(draw(rows[2:]), GREY).any()
+  many = [_method(f"a method of a long name {i}", 1, a=[1.0]) for i in range(10)]
+  assert _decoded(draw(many, "a")).shape == (240 + 4 * 20, 860, 3)
+
+
+def test_methods_shows_means_and_deviations():
+  draw = lambda values: figures.methods(
+      [_method("gm", 1, a=values), _method("gm", 2, a=[1.0, 1.0]), _method("dx", 1, a=[5.0, 5.0])], ["a"], ["A"])
+  narrow = draw([2.0, 2.2])
+  assert draw([2.2, 2.0]) == narrow  # seeds have no order
+  assert len({narrow, *map(draw, ([2.0, 2.3], [1.9, 2.3], [2.1, None], [None, None]))}) == 5
+  # Bars grow with the deviation; one that reaches below zero goes down to the axis.
+  bars = [np.flatnonzero(_where(draw(v), BLUE, 80)[60:, :140].any(1)) for v in ([2.0, 2.2], [1.6, 2.6], [0.1, 6.1])]
+  assert np.ptp(bars[1]) > 1.5 * np.ptp(bars[0])
+  axis = np.flatnonzero(_where(draw([0.1, 6.1]), RULE)[60:].sum(1) > 200).max()
+  assert axis - bars[1].max() > 10 and abs(axis - bars[2].max()) < 3
+  # Nor does it stretch the axis without end: the mean stays in the middle.
+  alone = _where(figures.methods([_method("gm", 1, a=[0.1, 6.1])], ["a"], ["A"]), BLUE, 80)[60:]
+  marker, top = alone.sum(1).argmax(), np.flatnonzero(alone.any(1)).min()
+  assert 0.3 < (axis - marker) / (axis - top) < 0.7
+
+
+def test_methods_stand_side_by_side():
+  rows = [_method(name, calls, a=[1.0, 1.5]) for name in ("gm", "dx") for calls in (1, 2)]
+  picture = figures.methods(rows, ["a"], ["A"])
+  gm, dx = (np.flatnonzero(_where(picture, colour, 80)[60:].sum(0) > 40) for colour in (BLUE, ORANGE))  # the bars
+  assert 2 <= len(gm) <= 12 and 2 <= len(dx) <= 12 and min(abs(i - j) for i in gm for j in dx) > 10
+
+
+def test_methods_keep_half_of_their_panel():
+  rows = [_method("gm", n, a=[float(n)]) for n in (1, 2)]
+  far = [_method("teacher", n, a=[v]) for n, v in ((1, 1e4), (2, 1e3), (128, 1.0))]
+  heights = [np.ptp(np.flatnonzero(_where(figures.methods(r, ["a"], ["A"]), BLUE, 80)[60:].any(1)))
+             for r in (rows, rows + far)]
+  assert heights[1] > 0.4 * heights[0]
+
+
+def test_lines_side_by_side():
+  x, y = np.array([1, 10, 100]), np.array([1.0, 0.1, 0.01])
+  draw = lambda log, y=y: figures.lines(
+      [("One $", "points $K", "error", {"gm": (x, y)}, log), ("Two", "N", "error $", {"dx": (x, y)}, log)], "Both $")
+  pictures = {log: draw(log) for log in ("", "x", "y", "xy")}
+  assert len(set(pictures.values())) == 4
+  for picture in pictures.values():
+    assert _decoded(picture).shape == (400, 860, 3)
+    gm, dx = _where(picture, BLUE)[:360], _where(picture, ORANGE)[:360]
+    assert gm[:, :430].any() and not gm[:, 430:].any() and dx[:, 430:].any() and not dx[:, :430].any()
+  # A power law is straight on two logarithmic axes: its middle lies half-way between its ends.
+  points = np.argwhere(_where(pictures["xy"], BLUE)[60:340, :430])
+  middle = points[np.abs(points[:, 1] - (points[:, 1].min() + points[:, 1].max()) / 2) < 2, 0].mean()
+  assert abs(middle - (points[:, 0].min() + points[:, 0].max()) / 2) < 3
+  assert draw("xy", 2 * y) != pictures["xy"]
+  assert draw("xy", [1.0, None, 0.01]) == draw("xy", [1.0, -3.0, 0.01]) == draw("xy", [1.0, float("nan"), 0.01])
+  assert draw("x", [1.0, -3.0, 0.01]) != draw("x", [1.0, None, 0.01])
+  same = figures.lines([("One", "x", "y", {"gm": (x, y)}, ""), ("Two", "x", "y", {"dx": (x, y), "gm": (x, y)}, "")], "")
+  assert _where(same, BLUE)[:360, 430:].any()  # a name keeps its colour from panel to panel
+  assert _decoded(figures.lines([("a", "x", "y", {"none": ([], [])}, "xy")] * 4, "wide")).shape == (400, 1360, 3)
+
+
 @pytest.mark.parametrize("call", [
     lambda: figures.image_grid(np.zeros((8, 8, 1)), 2),
     lambda: figures.image_grid(np.zeros((0, 8, 8, 1)), 2),
     lambda: figures.image_grid(np.zeros((1, 8, 8, 1)), 0),
     lambda: figures.comparison([]),
     lambda: figures.comparison([("a", np.zeros((1, 8, 8, 1))), ("b", np.zeros((2, 8, 8, 1)))]),
+    lambda: figures.lines([], "nothing"),
+    lambda: figures.lines([("a", "x", "y", {}, "log")], "no such axis"),
+    lambda: figures.methods([], ["frechet"], ["Frechet"]),
+    lambda: figures.methods([_method("teacher", 1, frechet=[1.0])], ["frechet"], ["Frechet"]),
+    lambda: figures.methods([_method("a", 1, frechet=[1.0])], [], []),
+    lambda: figures.methods([_method("a", 1, frechet=[1.0])], ["frechet"], []),
 ])
 def test_pictures_of_nothing_are_refused(call):
   with pytest.raises(ValueError):
@@ -94,11 +186,11 @@ def test_pictures_of_nothing_are_refused(call):
 
 
 class _Page(html.parser.HTMLParser):
-  """Table cells, images, addresses and text of a page; fails on tags that do not close."""
+  """Table cells, which of them are bold, images, addresses and text of a page; fails on tags that do not close."""
 
   def __init__(self, text):
     super().__init__()
-    self.open, self.cells, self.images, self.addresses, self.text = [], [], {}, [], ""
+    self.open, self.cells, self.bold, self.images, self.addresses, self.text = [], [], [], {}, [], ""
     self.feed(text)
     assert not self.open
 
@@ -119,6 +211,8 @@ class _Page(html.parser.HTMLParser):
     self.text += data
     if "td" in self.open:
       self.cells[-1] += data
+      if "b" in self.open:
+        self.bold.append(len(self.cells) - 1)
 
 
 def _write(folder, **changes):
@@ -173,3 +267,109 @@ def test_a_write_that_fails_leaves_the_last_report(tmp_path):
   assert (path.read_text(), (tmp_path / "report.json").read_text()) == before
   _write(tmp_path, title="new", checks=[], pictures={}, minutes={}, reference={})
   assert _Page(path.read_text()).text.startswith("new")
+
+
+COMPARED = [
+    _method("gm <i>&", 2, frechet=[2.0, 2.5, 1.5], accuracy=[0.5, 0.5, 0.5], diversity=[0.75, 0.75, 0.75],
+            seconds_per_step=[1.001, 1.001, 1.001], seconds_per_1000=[1.0, 2.0, 3.0]),
+    _method("dx", 2, frechet=[2.0, 3.0, 4.0], accuracy=[0.5, 0.75, 1.0], diversity=[0.25, 0.25, 0.25],
+            seconds_per_step=[1.0, 1.0, 1.0], seconds_per_1000=[3.0, 2.0, 4.0]),
+    _method("lost", 2, passes=None, steps=None, frechet=[1.0, None, float("nan")], accuracy=[None] * 3,
+            diversity=[0.4, 0.4, 0.4], seconds_per_step=[2.0, 2.0, 2.0], seconds_per_1000=[9.0, 9.0, 9.0]),
+    _method("dx", 1, passes=4.5, frechet=[9.0], endpoint_error=[np.float32(0.25)]),
+    _method("teacher", 128, passes=None, steps=None, frechet=[1.0], accuracy=[1.0], diversity=[0.375],
+            endpoint_error=[0.0], seconds_per_1000=[40]),
+    _method("teacher", 1, passes=None, steps=None, frechet=[40.0], diversity=[0.75]),
+]
+
+
+def _write_comparison(folder, **changes):
+  given = dict(
+      title="Methods <b>&", rows=COMPARED, settings={"samples": np.int64(20), "net <&": {"width": 64, "sizes": (1, 2)}},
+      notes=["Same <i>network</i> & data"], pictures={'Calls <i>&"': b"not looked into"})
+  given |= changes
+  return given, report.write_comparison(folder, **given)
+
+
+def test_comparison_json_adds_means(tmp_path):
+  _, path = _write_comparison(tmp_path / "new" / "folder")
+  assert path.name == "compare.html"
+  assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["compare.html", "compare.json"]
+  constants = []
+  data = json.loads((path.parent / "compare.json").read_text(), parse_constant=constants.append)
+  assert not constants and data.keys() == {"rows", "settings", "notes"}
+  assert data["settings"] == {"samples": 20, "net <&": {"width": 64, "sizes": [1, 2]}}
+  assert data["notes"] == ["Same <i>network</i> & data"]
+  gm, dx, lost, single = data["rows"][:4]
+  assert gm == COMPARED[0] | {
+      "mean": {"frechet": 2.0, "accuracy": 0.5, "diversity": 0.75, "seconds_per_step": pytest.approx(1.001),
+               "seconds_per_1000": 2.0},
+      "std": {"frechet": 0.5, "accuracy": 0, "diversity": 0, "seconds_per_step": pytest.approx(0),
+              "seconds_per_1000": 1.0}}
+  assert (dx["mean"]["frechet"], dx["std"]["frechet"], dx["std"]["accuracy"]) == (3.0, 1.0, 0.25)
+  assert lost["values"]["frechet"] == [1.0, None, None] and (lost["passes"], lost["steps"]) == (None, None)
+  assert (lost["mean"]["frechet"], lost["std"]["frechet"]) == (1.0, None)
+  assert (lost["mean"]["accuracy"], lost["std"]["accuracy"]) == (None, None)
+  assert (single["mean"], single["std"]) == ({"frechet": 9.0, "endpoint_error": 0.25},
+                                             {"frechet": None, "endpoint_error": None})
+  assert [row["method"] for row in data["rows"]] == [row["method"] for row in COMPARED]
+
+
+def test_comparison_table_groups_rows_and_marks_the_best(tmp_path):
+  _, path = _write_comparison(tmp_path)
+  page = _Page(path.read_text())
+  table = np.reshape(page.cells[:6 * 14], (6, 14)).tolist()
+  dash = ["–"]
+  assert table == [
+      ["teacher", "1", "1", "–", "–", "40.00"] + 4 * dash + ["0.750"] + 3 * dash,
+      ["teacher", "128", "1", "–", "–", "1.00"] + 3 * dash + ["1.000", "0.375", "0.000", "–", "40.00"],
+      ["dx", "1", "1", "4.5", "100", "9.00"] + 5 * dash + ["0.250"] + 2 * dash,
+      ["gm <i>&", "2", "3", "5", "100", "2.00 ± 0.50"] + 3 * dash
+      + ["0.500 ± 0.000", "0.750 ± 0.000", "–", "1.00 ± 0.00", "2.00 ± 1.00"],
+      ["dx", "2", "3", "5", "100", "3.00 ± 1.00"] + 3 * dash
+      + ["0.750 ± 0.250", "0.250 ± 0.000", "–", "1.00 ± 0.00", "3.00 ± 1.00"],
+      ["lost", "2", "3", "–", "–", "1.00 (1 of 3)"] + 3 * dash
+      + ["–", "0.400 ± 0.000", "–", "2.00 ± 0.00", "9.00 ± 0.00"],
+  ]
+  # Not the teacher, not the mean of the seeds that were left, not the faster by a thousandth.
+  assert [divmod(i, 14) for i in page.bold] == [(2, 5), (2, 11), (3, 5), (3, 13), (4, 9), (5, 10)]
+  order = [page.text.index(heading) for heading in ("1 call", "2 calls")]
+  assert order == sorted(order)
+  assert path.read_text().count('<tr class="teacher">') == 2
+
+
+def test_comparison_without_a_teacher_knows_no_best_diversity(tmp_path):
+  _, path = _write_comparison(tmp_path, rows=COMPARED[:2], settings={}, notes=[], pictures={})
+  page = _Page(path.read_text())
+  assert [divmod(i, 14) for i in page.bold] == [(0, 5), (0, 13), (1, 9)]
+  # Two that are alike are both best, but neither is fastest; small figures get more decimals.
+  alike = [_method(name, 1, pixel_frechet=[0.004], seconds_per_1000=[0.25]) for name in ("a", "b")]
+  page = _Page(_write_comparison(tmp_path, rows=alike)[1].read_text())
+  assert [divmod(i, 14) for i in page.bold] == [(0, 7), (1, 7)]
+  assert [page.cells[i] for i in (7, 13)] == ["0.0040", "0.250"]
+
+
+def test_comparison_html_escapes_and_needs_no_other_file(tmp_path):
+  given, path = _write_comparison(str(tmp_path))
+  page = _Page(path.read_text())
+  assert base64.b64decode(page.images['Calls <i>&"'].removeprefix("data:image/png;base64,")) == b"not looked into"
+  assert all(a.startswith("data:") for a in page.addresses)
+  assert page.cells[6 * 14:] == ["samples", "20", "net <&.width", "64", "net <&.sizes", "1, 2"]
+  for text in (given["title"], given["notes"][0], "gm <i>&", "What the columns say"):
+    assert text in page.text
+  assert "<i>" not in path.read_text() and "prefers-color-scheme:dark" in path.read_text()
+
+
+def test_a_comparison_is_replaced_whole_or_not_at_all(tmp_path):
+  _, path = _write_comparison(tmp_path)
+  paths = [path, path.with_suffix(".json")]
+  before = [p.read_text() for p in paths]
+  for row, error in ((_method("a", 1, frechet=[1.0]) | {"more": object()}, TypeError),
+                     (_method("a", 1, frechet=[1.0, 2.0], accuracy=[1.0]), ValueError)):
+    with pytest.raises(error):
+      _write_comparison(tmp_path, title="new", rows=[row])
+    assert [p.read_text() for p in paths] == before
+  with open(paths[0], encoding="utf-8") as page, open(paths[1], encoding="utf-8") as data:
+    _write_comparison(tmp_path, title="new", notes=["new"])
+    assert [page.read(), data.read()] == before  # who reads while it is written reads the last one to its end
+  assert all("new" in p.read_text() for p in paths) and len(list(tmp_path.iterdir())) == 2

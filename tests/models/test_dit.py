@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from piflow_jax.models import dit, layers
+from piflow_jax.policy import dx
 from piflow_jax.policy import gmm
 from tests import golden
 
@@ -69,6 +70,42 @@ def test_gm_student_vectors():
   loss = lambda p: sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(apply(p)), jax.tree.leaves(cotangent)))
   renamed = {k.replace("grad/", "param/"): v for k, v in data.items() if k.startswith("grad/")}
   _flat_close(jax.jit(jax.grad(loss))(params), golden.dit_params(renamed, 2, 2, golden.gm_head), 2e-4)
+
+
+def test_dx_student_vectors():
+  data, (_, teacher, _) = golden.load("dit_dx"), _teacher()
+  net = dit.DiT(head=dx.DXHead(points=3, channels=4, patch=2, segment=1.0), **TINY)
+  x, t, labels = _inputs(data)
+  apply = jax.jit(lambda p: net.apply({"params": p}, x, t, labels))
+  want = lambda x: jnp.moveaxis(jnp.asarray(x), 2, -1)  # [B, N, C, H, W] -> [B, N, H, W, C]
+  params = golden.dit_params(data, 2, 2, golden.dx_head)
+  np.testing.assert_allclose(apply(params), want(data["out"]), atol=1e-4)
+
+  data = golden.load("dit_expand")
+  x, t, labels = _inputs(data)
+  fresh = net.init(jax.random.key(0), x, t, labels)["params"]["head"]
+  head = net.head.from_teacher(teacher["head"], fresh, None)
+  stored = {"kernel": jnp.asarray(data["dx_student/proj_out_2.weight"]).T, "bias": jnp.asarray(data["dx_student/proj_out_2.bias"])}
+  _flat_close(head, golden.dx_head(lambda name: stored), 1e-6)
+  np.testing.assert_allclose(
+      jax.jit(lambda p: net.apply({"params": p}, x, t, labels))(teacher | {"head": head}), want(data["dx_student_out"]),
+      atol=1e-4)
+
+
+def test_a_network_of_two_times_starts_as_its_teacher_and_then_sees_the_span():
+  net, params, data = _teacher()
+  x, t, labels = _inputs(data)
+  two = net.clone(two_times=True)
+  fresh = two.init(jax.random.key(0), x, t, labels, t)["params"]
+  assert fresh.keys() - params.keys() == {"span_in", "span_out"}
+  told = fresh | params
+  want = net.apply({"params": params}, x, t, labels)
+  np.testing.assert_array_equal(two.apply({"params": told}, x, t, labels, t / 3), want)
+  told["span_out"] = jax.tree.map(lambda leaf: leaf + 0.1, told["span_out"])
+  here, there = (two.apply({"params": told}, x, t, labels, t_dst) for t_dst in (t, t / 3))
+  assert float(jnp.abs(here - there).max()) > 1e-3
+  # Only the span counts, which is 0 in both.
+  np.testing.assert_array_equal(here[t == 0], there[t == 0])
 
 
 def test_head_from_teacher_vectors():

@@ -12,57 +12,62 @@ from tests import golden
 
 
 def _case(data, case):
-  mixture = golden.mixture(data, f"{case}_den_")
   # The authors count substeps in float32, where some of the lengths here sit on the edge of rounding.
   times = {k: jnp.asarray(data[f"{case}_{k}"]) for k in ("raw_t_start", "raw_t_end", "raw_t_src", "avg_raw_t_end")}
-  return mixture, times, golden.nhwc(data[f"{case}_x_t_start"]), float(data[f"{case}_shift"])
+  shift, x_src = float(data[f"{case}_shift"]), data[f"{case}_x_t_src"]
+  if case.startswith("gm"):
+    output = golden.mixture(data, f"{case}_den_")
+    policy_at = lambda output, t_src: gmm.to_policy(output, golden.nhwc(x_src), t_src, eps=1e-6)
+  else:
+    output = jnp.asarray(data[f"{case}_den"])
+    settings = dict(segment=float(data[f"{case}_policy_segment_size"]), shift=float(data[f"{case}_policy_shift"]),
+                    polynomial=case.startswith("poly"))
+    policy_at = lambda output, t_src: golden.dx_policy(output, x_src, t_src, **settings)
+  return output, policy_at, times, golden.nhwc(data[f"{case}_x_t_start"]), shift
 
 
-@pytest.mark.parametrize("case", ["gm_s1", "gm_s3.2"])
+CASES = ["gm_s1", "gm_s3.2", "dx_s1", "dx_s3.2", "poly_s3.2"]
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype, rtol", [(np.float64, 1e-9), (np.float32, 2e-5)])
 def test_rollout_vectors(case, dtype, rtol):
   with jax.enable_x64(dtype == np.float64):
     data = golden.load("rollout", dtype)
     want = golden.load("rollout", np.float64)
-    mixture, times, x, shift = _case(data, case)
-    x_src = golden.nhwc(data[f"{case}_x_t_src"])
-    policy = gmm.to_policy(mixture, x_src, golden.scalars(data[f"{case}_sigma_t_src"]), eps=1e-6)
+    output, policy_at, times, x, shift = _case(data, case)
+    policy = policy_at(output, golden.scalars(data[f"{case}_sigma_t_src"]))
     n = np.maximum(lib.count_substeps(times["raw_t_start"], times["raw_t_end"], 128), 1)
     np.testing.assert_array_equal(n, data[f"{case}_num_substeps"])
-    run = jax.jit(lambda x, a, b: lib.rollout(policy, x, a, b, shift=shift))
-    got = run(x, times["raw_t_start"], times["raw_t_end"])
+    run = jax.jit(lambda policy, x, a, b: lib.rollout(policy, x, a, b, shift=shift))
+    got = run(policy, x, times["raw_t_start"], times["raw_t_end"])
     np.testing.assert_allclose(got, golden.nhwc(want[f"{case}_x_t_end"]), rtol=rtol, atol=rtol)
 
-    t_src = flow.warp(times["raw_t_src"], shift)
-    policy = gmm.to_policy(mixture, x_src, t_src, eps=1e-6)
-    got = jax.jit(lambda x, a, b: lib.rollout(policy, x, a, b, shift=shift))(
-        x_src, times["raw_t_src"], jnp.zeros_like(times["raw_t_src"]))
+    policy = policy_at(output, flow.warp(times["raw_t_src"], shift))
+    got = run(policy, golden.nhwc(data[f"{case}_x_t_src"]), times["raw_t_src"], jnp.zeros_like(times["raw_t_src"]))
     np.testing.assert_allclose(got, golden.nhwc(want[f"{case}_fromsrc_x_t_end"]), rtol=rtol, atol=rtol)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["gm_s1", "gm_s3.2"])
+@pytest.mark.parametrize("case", CASES)
 def test_average_velocity_vectors(x64, case):
   data = golden.load("rollout", np.float64)
-  mixture, times, x, shift = _case(data, case)
-  x_src, t_src = golden.nhwc(data[f"{case}_x_t_src"]), golden.scalars(data[f"{case}_sigma_t_src"])
+  output, policy_at, times, x, shift = _case(data, case)
+  t_src = golden.scalars(data[f"{case}_sigma_t_src"])
 
   @jax.jit
-  def mean_velocity(mixture, tau_end):
-    policy = gmm.to_policy(mixture, x_src, t_src, eps=1e-6)
-    return lib.average_velocity(policy, x, times["raw_t_start"], tau_end, shift=shift)
+  def mean_velocity(output, tau_end):
+    return lib.average_velocity(policy_at(output, t_src), x, times["raw_t_start"], tau_end, shift=shift)
 
-  got = mean_velocity(mixture, times["avg_raw_t_end"])
+  got = mean_velocity(output, times["avg_raw_t_end"])
   np.testing.assert_allclose(got, golden.nhwc(data[f"{case}_avg_u"]), rtol=1e-8, atol=1e-9)
-  small = mean_velocity(mixture, jnp.asarray(data[f"{case}_avg_small_raw_t_end"]))
+  small = mean_velocity(output, jnp.asarray(data[f"{case}_avg_small_raw_t_end"]))
   np.testing.assert_allclose(small, golden.nhwc(data[f"{case}_avg_small_u"]), rtol=1e-8, atol=1e-9)
 
   cotangent = golden.nhwc(data[f"{case}_cotangent"])
-  grads = jax.grad(lambda m: jnp.sum(mean_velocity(m, times["avg_raw_t_end"]) * cotangent))(mixture)
-  np.testing.assert_allclose(grads.means, golden.means(data[f"{case}_avg_grad_means"]), rtol=1e-6, atol=1e-9)
-  np.testing.assert_allclose(
-      grads.logweights, golden.logweights(data[f"{case}_avg_grad_logweights"]), rtol=1e-6, atol=1e-9)
-  np.testing.assert_allclose(grads.logstd, golden.scalars(data[f"{case}_avg_grad_logstds"]), rtol=1e-6, atol=1e-9)
+  grads = jax.grad(lambda m: jnp.sum(mean_velocity(m, times["avg_raw_t_end"]) * cotangent))(output)
+  want = golden.mixture(data, f"{case}_avg_grad_") if case.startswith("gm") else data[f"{case}_avg_grad_den"]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), grads, want)
 
 
 def test_single_gaussian_rollout_is_the_linear_flow(x64):
