@@ -80,6 +80,7 @@ def get_config():
 
   c.teacher = ConfigDict()
   c.teacher.checkpoint = ""  # workdir of the teacher's run
+  c.teacher.mixture = config_dict.placeholder(object)  # instead: data's exact Gaussian mixture, as of data/gaussians.py
   c.teacher.weights = "ema"  # or "params"
   c.teacher.guidance_scale = 1.0  # w; no guidance for w <= 1
   c.teacher.guidance_interval = (0.0, 1.0)  # noise levels, both included, where guidance is active

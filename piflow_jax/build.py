@@ -122,7 +122,8 @@ def meanflow(config):
 
   def init(key, teacher_params):
     fresh = net.init(key, *inputs)["params"]
-    return fresh if teacher_params is None else params_lib.overlay(fresh, teacher_params, fresh)
+    starts = teacher_params is not None and not config.teacher.mixture
+    return params_lib.overlay(fresh, teacher_params, fresh) if starts else fresh
 
   def drop(cond, uniform):
     return dit.drop_labels(cond, uniform, rate=c.label_dropout, **classes), uniform < c.label_dropout
@@ -139,8 +140,10 @@ def meanflow(config):
 
 
 def teacher(config):
-  """teacher(teacher_params, x, t, cond) -> u, guided as the config says."""
+  """teacher(teacher_params, x, t, cond) -> u, guided as the config says; or exact, its parameters a mixture."""
   c = config.teacher
+  if c.mixture:
+    return teacher_lib.gaussian_mixture_teacher
   net = _network(config, _velocity_head(config))
   return teacher_lib.network_teacher(
       _apply(net), functools.partial(dit.null_label, num_classes=config.data.num_classes),
@@ -149,8 +152,16 @@ def teacher(config):
 
 def teacher_shapes(config):
   """The tree of the teacher's parameters."""
+  if config.teacher.mixture:
+    return jax.eval_shape(lambda: exact_teacher(config))
   net = _network(config, _velocity_head(config))
   return jax.eval_shape(lambda: net.init(jax.random.key(0), *_inputs(config)))["params"]
+
+
+def exact_teacher(config):
+  """The parameters of a teacher that needs no training: the mixture that the data come from."""
+  return teacher_lib.GaussianMixture(
+      *map(jnp.asarray, config.teacher.mixture(tuple(config.data.shape), config.data.num_classes)))
 
 
 def teacher_flow_map(config, teacher_params, cond):
@@ -167,9 +178,8 @@ def shift(config):
 
 
 def sharding_rules(config):
-  """(path pattern, axes) rules of the config's network."""
-  del config
-  return dit.SHARDING
+  """(path pattern, axes) rules of the config's networks."""
+  return dit.SHARDING + ((("means|logweights", ()),) if config.teacher.mixture else ())
 
 
 def optimizer(config, steps):
@@ -214,6 +224,8 @@ def _student(config):
   def init(key, teacher_params):
     fresh_key, head_key = jax.random.split(key)
     fresh = net.init(fresh_key, *_inputs(config))["params"]
+    if config.teacher.mixture:
+      return fresh  # there is no network to start from
     trunk = {k: v for k, v in teacher_params.items() if k != "head"}
     return params_lib.overlay(fresh, trunk, fresh) | {
         "head": head.from_teacher(teacher_params["head"], fresh["head"], head_key)}

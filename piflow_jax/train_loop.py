@@ -237,6 +237,8 @@ def _watch(config, jitted, held_out, teacher_params, key, mesh, log, state, done
 def load_teacher(config, shapes):
   """The teacher's weights, placed like `shapes`."""
   c = config.teacher
+  if c.mixture:
+    return jax.device_put(build.exact_teacher(config), jax.tree.map(lambda s: s.sharding, shapes))
   if c.weights not in ("ema", "params"):
     raise errors.UserError(f'config.teacher.weights: {c.weights!r} is neither "ema" nor "params"')
   if not c.checkpoint:

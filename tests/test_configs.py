@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits, imagenet_dit
+from configs import digits, gaussians, imagenet_dit
 from piflow_jax import build
 from piflow_jax import sharding
 from piflow_jax import train_loop
+from piflow_jax.evaluation import analytic
 
 # Parameters of DiT-B, L, XL at patch 2 with fixed positions (arXiv 2212.09748, table 1: 130M, 458M, 675M), less half of
 # their output layer, which there also predicts a variance.
@@ -45,8 +46,39 @@ def test_recipes_train(recipe, tmp_path):
   assert train_loop.train(student, tmp_path / "student") == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("role, fields", [
+    ("gm32,2", dict(imitation__data_free=True)),
+    ("dx", dict(imitation__label="midpoint", imitation__window_substeps=4)),
+    ("parallel", dict(imitation__data_free=True, imitation__label="euler", policy__intervals=8,
+                      parallel_decoding__min_block=4, parallel_decoding__max_block=8)),
+    ("improved-meanflow", {}),
+    ("meanflow-data", dict(meanflow__guidance_scale=2.0, meanflow__ratio=0.5)),
+])
+def test_every_method_trains_and_draws(role, fields, tmp_path, tiny_teacher):
+  config = tiny.config(role, teacher__checkpoint=str(tiny_teacher), steps=3, checkpoint_every=3, eval_every=3,
+                       image_every=3, optimizer__learning_rate=1e-3, **fields)
+  assert train_loop.train(config, tmp_path / "run") == 0
+  losses = [line["loss"] for line in tiny.metrics(tmp_path / "run") if "loss" in line]
+  assert len(losses) == 3 and np.isfinite(losses).all() and len(set(losses)) == 3
+  assert list((tmp_path / "run" / "pictures").glob("*.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("argument", ["gm,2", "dx,3"])
+def test_an_exact_teacher_needs_no_checkpoint(argument, tmp_path):
+  config = gaussians.get_config(argument)
+  config.update(steps=2, batch_size=16, log_every=1)
+  config.flow.total_substeps = 8
+  assert train_loop.train(config, tmp_path / "run") == 0
+  error = analytic.endpoint_error(config, tmp_path / "run")
+  assert 0.1 < error < 2  # two updates: unrelated ends are at 1
+
+
 def test_arguments_that_are_not_there_are_named():
   with pytest.raises(ValueError, match="XXL,repa-1nfe: choose SIZE,RECIPE of tiny, B, L, XL"):
     imagenet_dit.get_config("XXL,repa-1nfe")
-  with pytest.raises(ValueError, match="choose :teacher or :student"):
+  with pytest.raises(ValueError, match="janitor: choose ROLE or ROLE,NFE with a role of teacher, student"):
     digits.get_config("janitor")
+  with pytest.raises(ValueError, match="gm,0: choose POLICY,N"):
+    gaussians.get_config("gm,0")

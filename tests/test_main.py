@@ -45,7 +45,7 @@ def test_bad_fields_are_named(arguments, words, tmp_path):
 
 @pytest.mark.slow
 def test_bad_configs_are_named(tmp_path):
-  _refused(tiny.command("nobody", tmp_path / "run"), "nobody", ":teacher")
+  _refused(tiny.command("nobody", tmp_path / "run"), "nobody", "teacher, student")
   program = [tiny.sys.executable, "-m", "piflow_jax.main", f"--workdir={tmp_path / 'run'}"]
   _refused([*program, "--config=configs/none.py"], "configs/none.py")
   no_workdir = [a for a in tiny.command("teacher", tmp_path) if not a.startswith("--workdir")]

@@ -198,8 +198,15 @@ def _notes(config):
   ]
 
 
-def _config_of(holder):
-  """(role, nfe) -> config, from the file that --config names and with what the command line sets."""
+def whole_numbers(flag):
+  """The values of a list flag as ascending integers. Raises errors.UserError."""
+  if not all(n.isdigit() and int(n) for n in flag.value):
+    raise errors.UserError(f"--{flag.name}: {','.join(flag.value)} are not all positive whole numbers")
+  return sorted({int(n) for n in flag.value})
+
+
+def configs_of(holder):
+  """(name, number) -> config, from the file that --config names and with what the command line sets."""
   flag = flags.FLAGS[holder.name]
   path = config_flags.get_config_filename(flag)
   overrides = config_flags.get_override_values(flag)
@@ -207,11 +214,11 @@ def _config_of(holder):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
 
-  def config_of(role, nfe):
+  def config_of(name, number):
     try:
-      config = module.get_config(f"{role},{nfe}")
+      config = module.get_config(f"{name},{number}")
     except ValueError as e:
-      raise errors.UserError(f"--methods: {role!r} at {nfe} calls ({e})") from e
+      raise errors.UserError(f"--config: {e}") from e
     config.update_from_flattened_dict(overrides)
     return config
 
@@ -220,10 +227,8 @@ def _config_of(holder):
 
 def _main(argv):
   del argv
-  if not all(n.isdigit() and int(n) for n in CALLS.value):
-    raise errors.UserError(f"--calls: {','.join(CALLS.value)} are not all positive whole numbers")
-  path = compare(_config_of(program.CONFIG), program.WORKDIR.value, methods=METHODS.value,
-                 calls=sorted({int(n) for n in CALLS.value}), seeds=SEEDS.value)
+  path = compare(configs_of(program.CONFIG), program.WORKDIR.value, methods=METHODS.value,
+                 calls=whole_numbers(CALLS), seeds=SEEDS.value)
   result = json.loads((path.parent / "compare.json").read_text())
   print(f"{'method':<18} {'calls':>5} " + " ".join(f"{name:>24}" for name in METRICS))
   for row in result["rows"]:

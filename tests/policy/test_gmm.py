@@ -165,3 +165,28 @@ def test_velocity_is_the_marginal_velocity_when_the_mixture_is_the_data(x64):
   x_0 = jnp.sum(jax.nn.softmax(logits, axis=1)[:, None] * component, axis=2)
   want = (y[:, :, 0] - x_0) / s
   np.testing.assert_allclose(policy.velocity(x, t), gmm.from_positions(want, x.shape), rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype, rtol", [(np.float64, 1e-9), (np.float32, 1e-5)])
+def test_mixture_algebra_vectors(dtype, rtol):
+  """Of the authors' mixture operations those that a policy is made of: mean, temperature, x_0-space, posterior."""
+  with jax.enable_x64(dtype == np.float64):
+    data, want = golden.load("gm_ops", dtype), golden.load("gm_ops", np.float64)
+    close = lambda got, want: np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol)
+    mixture = golden.mixture(data, "gm_")
+    as_x_0 = gmm.GMPolicy(mixture.means, mixture.logweights, jnp.exp(2 * mixture.logstd), None, None)
+    mean = gmm.weighted_mean(jnp.exp(mixture.logweights), mixture.means)
+    close(gmm.from_positions(mean, (2, 4, 4, 4)), golden.nhwc(want["to_mean"]))
+
+    sharp = gmm.with_temperature(as_x_0, 0.3)
+    close(sharp.logweights, golden.logweights(want["temperature0.3_logweights"]))
+    close(sharp.var, golden.scalars(want["temperature0.3_gm_vars"]))
+
+    x, t = golden.nhwc(data["x_t"]), jnp.asarray(data["t_high"]) / 1000
+    policy = gmm.to_policy(mixture, x, t)
+    close(policy.means, golden.means(want["u_to_x_0_means"]))
+    close(jnp.log(policy.var) / 2, golden.scalars(want["u_to_x_0_logstds"]))
+    close(policy.logweights, golden.logweights(want["u_to_x_0_logweights"]))
+
+    later = (jnp.asarray(data["t_low"]) + 100) / 1000
+    close(policy.posterior_mean(golden.nhwc(data["x_t_low"]), later), golden.nhwc(want["posterior_mean_u_tlow_plus100"]))

@@ -1,0 +1,99 @@
+"""How near a student comes to an exactly known flow, as its policy, its training grow.
+
+  python -m piflow_jax.evaluation.analytic --config=configs/gaussians.py --workdir=runs/gaussians
+
+The config file must take POLICY,N as its argument. GM students of K components and DX students of N points are trained, each in
+its own folder of the workdir, and stopped on the way to be measured: the end points of one call against the exact flow of the
+same noise. Leaves analytic.png and analytic.json in the workdir and prints the figures.
+"""
+
+import functools
+import json
+
+from absl import flags
+from etils import epath
+import jax
+import numpy as np
+
+from piflow_jax import build
+from piflow_jax import checkpoint
+from piflow_jax import main as program
+from piflow_jax import sampler
+from piflow_jax import sharding
+from piflow_jax import train_loop
+from piflow_jax.evaluation import compare
+from piflow_jax.evaluation import figures
+from piflow_jax.evaluation import metrics
+
+SIZES = flags.DEFINE_list("sizes", ["1", "2", "4", "8", "16"], "K of GM students, N of DX students.")
+STEPS = flags.DEFINE_list("stops", ["100", "400", "1600"], "Training steps at which to measure.")
+_EXACT_STEPS, _SAMPLES = 256, 1024
+
+
+def exact_ends(config, teacher_params, noise, cond):
+  """Where the exact flow takes the noise: a fifth-order solver in so many steps that its error is float32's."""
+  flow_map = sampler.velocity_flow_map(
+      lambda x, t: build.teacher(config)(teacher_params, x, t, cond), shift=build.shift(config), method="Dopri5")
+  return sampler.sample(flow_map, noise, jax.random.key(0), nfe=_EXACT_STEPS, shift=build.shift(config))
+
+
+def endpoint_error(config, workdir):
+  """Endpoint error of the student in workdir against the exact flow, one call, 1,024 noises."""
+  mesh, run = sharding.make_mesh(**config.mesh), build.run(config)
+  jitted = train_loop.compile_run(config, mesh, run)
+  teacher_params = train_loop.load_teacher(config, jitted["teacher"])
+  params = checkpoint.load_weights(workdir, jitted["state"].ema, "ema", "--workdir")
+  noise = jax.random.normal(jax.random.key(config.evaluation.seed), (_SAMPLES, *config.data.shape))
+  cond = jax.numpy.arange(_SAMPLES) % config.data.num_classes
+  got = jitted["draw"](params, teacher_params, noise, cond, jax.random.key(0))
+  want = jax.jit(functools.partial(exact_ends, config))(teacher_params, noise, cond)
+  return metrics.endpoint_error(np.asarray(got), np.asarray(want), np.asarray(cond))
+
+
+def sweep(config_of, workdir, *, sizes, stops):
+  """{policy: {size: [endpoint error at each stop]}}, training what is missing."""
+  errors = {}
+  for policy in ("gm", "dx"):
+    for n in sizes:
+      folder, errors_here = str(epath.Path(workdir) / f"{policy}-{n}"), []
+      for stop in stops:
+        config = config_of(policy, n)
+        config.steps = config.checkpoint_every = stop
+        status = train_loop.train(config, folder)
+        if status:
+          raise SystemExit(status)
+        errors_here.append(endpoint_error(config, folder))
+        jax.clear_caches()
+      errors.setdefault(policy, {})[n] = errors_here
+  return errors
+
+
+def write(workdir, errors, sizes, stops):
+  """analytic.json and analytic.png of `sweep`'s figures."""
+  name = {"gm": "K", "dx": "N"}
+  by_size = {f"{policy.upper()}": (sizes, [of[n][-1] for n in sizes]) for policy, of in errors.items()}
+  panels = [("by the policy's size, trained out", "K components (GM), N points (DX)", "endpoint error", by_size, "xy")]
+  for policy, of in errors.items():
+    panels.append((f"{policy.upper()} by training", "step", "endpoint error",
+                   {f"{name[policy]} = {n}": (stops, values) for n, values in of.items()}, "xy"))
+  folder = epath.Path(workdir)
+  (folder / "analytic.png").write_bytes(figures.lines(panels, "One call against the exact flow"))
+  (folder / "analytic.json").write_text(json.dumps(
+      {"stops": stops, "endpoint_error": {p: {str(n): v for n, v in of.items()} for p, of in errors.items()}}, indent=1))
+
+
+def _main(argv):
+  del argv
+  sizes, stops = (compare.whole_numbers(flag) for flag in (SIZES, STEPS))
+  errors = sweep(compare.configs_of(program.CONFIG), program.WORKDIR.value, sizes=sizes, stops=stops)
+  write(program.WORKDIR.value, errors, sizes, stops)
+  print("endpoint error after".ljust(22) + "".join(f"{stop:>9}" for stop in stops))
+  for policy, of in errors.items():
+    for n, values in of.items():
+      print(f"{policy} {n}".ljust(22) + "".join(f"{value:9.3f}" for value in values))
+  print(epath.Path(program.WORKDIR.value) / "analytic.png")
+  return 0
+
+
+if __name__ == "__main__":
+  program.run(_main)

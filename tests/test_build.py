@@ -1,0 +1,149 @@
+"""What build.py puts together: the flow maps of every method, and fields that do not fit one another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from configs import gaussians
+from piflow_jax import build
+from piflow_jax import errors
+from piflow_jax import flow
+from piflow_jax.policy import gmm
+from piflow_jax.policy import rollout
+from tests import golden
+from tests import tiny
+
+NOISE, COND = jax.random.normal(jax.random.key(0), (3, 8, 8, 1)), jnp.array([0, 4, 9])
+
+
+def _trees(config, run):
+  """(params, teacher's params) with every weight drawn, those that start at zero too."""
+  def draw(shapes, key):
+    leaves, tree = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(
+        tree, [0.1 * jax.random.normal(k, s.shape) for k, s in zip(jax.random.split(key, len(leaves)), leaves)])
+
+  teacher = None if run.teacher_shapes is None else draw(run.teacher_shapes, jax.random.key(1))
+  shapes = jax.eval_shape(run.init, jax.random.key(0), teacher)
+  return draw(shapes, jax.random.key(2)), teacher
+
+
+def _step(config, tau_src, tau_dst, nfe):
+  run = build.run(config)
+  params, teacher = _trees(config, run)
+  at = lambda tau: jnp.full(3, tau)
+  return jax.jit(lambda p, w: run.flow_map(p, w, COND, nfe)(NOISE, at(tau_src), at(tau_dst), jax.random.key(0)))(
+      params, teacher)
+
+
+@pytest.mark.slow
+def test_temperature_sharpens_every_call_but_the_last():
+  step = lambda temperature, *taus: _step(
+      tiny.config("student,2", policy__dropout=0.0, flow__shift=3.0, sampling__temperature=temperature), *taus, nfe=2)
+  plain, sharp = (step(temperature, 1.0, 0.5) for temperature in (1.0, 0.3))
+  assert float(jnp.abs(plain - sharp).max()) > 1e-3
+  np.testing.assert_allclose(step(1.0, 0.5, 0.0), step(0.3, 0.5, 0.0), atol=1e-6)  # two programs, one result
+
+  config = tiny.config("student,2", policy__dropout=0.0, flow__shift=3.0)
+  run, student = build.run(config), build._student(config)
+  params, teacher = _trees(config, run)
+  policy = gmm.with_temperature(student.policy(params, teacher, NOISE, jnp.ones(3), COND, eps=1e-4), 0.3)
+  want = rollout.rollout(policy, NOISE, jnp.ones(3), jnp.full(3, 0.5), shift=3.0, total_substeps=16)
+  np.testing.assert_allclose(sharp, want, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_parallel_decodings_flow_map_is_its_policys_rollout():
+  """Through the whole network: one fused layer against all velocities and their sum."""
+  config = tiny.config("parallel", policy__intervals=8, parallel_decoding__min_block=2, parallel_decoding__max_block=8,
+                       flow__shift=3.0)
+  student = build._student(config)
+  params, teacher = _trees(config, build.run(config))
+  policy = student.policy(params, teacher, NOISE, flow.warp(jnp.full(3, 0.75), 3.0), COND)
+  want = policy.advance(NOISE, jnp.full(3, 0.75), jnp.full(3, 0.25))
+  np.testing.assert_allclose(_step(config, 0.75, 0.25, 2), want, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_a_teacher_is_sampled_by_the_solver_named(solver):
+  config = tiny.config("teacher", sampling__solver=solver)
+  run = build.run(config)
+  params, _ = _trees(config, run)
+  u = jax.jit(lambda x, t: build._apply(build._network(config, build._velocity_head(config)))(params, x, t, COND))
+  here = u(NOISE, jnp.ones(3))
+  mean = here if solver == "euler" else (here + u(NOISE - 0.5 * here, jnp.full(3, 0.5))) / 2
+  np.testing.assert_allclose(_step(config, 1.0, 0.5, 2), NOISE - 0.5 * mean, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_meanflow_student_starts_as_one_euler_step_of_its_teacher():
+  config = tiny.config("meanflow")
+  run = build.run(config)
+  _, teacher = _trees(config, run)
+  params = run.init(jax.random.key(3), teacher)
+  at = lambda tau: jnp.full(3, tau)
+  maps = [run.flow_map(params, teacher, COND, 1), build.teacher_flow_map(config, teacher, COND)]
+  got, want = (m(NOISE, at(0.8), at(0.2), jax.random.key(0)) for m in maps)
+  np.testing.assert_array_equal(got, want)
+
+
+def test_the_exact_teacher_is_the_datas():
+  config = gaussians.get_config("gm,4")
+  params, teacher = build.exact_teacher(config), build.teacher(config)
+  source = config.data.source("train", shape=config.data.shape, num_classes=1)
+  x_0 = jnp.stack([source[i]["x_0"] for i in range(256)])
+  # So little noise says what the data are: E[noise - x_0 | x] is within its spread of -x.
+  t = jnp.full(256, 1e-3)
+  u = teacher(params, x_0, t, jnp.zeros(256, jnp.int32))
+  np.testing.assert_allclose(u, -x_0, atol=0.05)
+  assert len({tuple(np.asarray(source[i]["x_0"]).ravel()) for i in range(64)}) == 64
+  np.testing.assert_array_equal(source[3]["x_0"], source[3]["x_0"])
+
+
+@pytest.mark.parametrize("tokens, size", [(256, 32), (1024, 64), (4096, 128)])
+def test_dynamic_shift_counts_tokens(tokens, size):
+  config = tiny.config("student", flow__dynamic_shift=True, data__shape=(size, size, 1))
+  data = golden.load("sample_t", np.float64)
+  np.testing.assert_allclose(build.shift(config), data[f"dyn{tokens}_shift"], rtol=1e-6)
+  config.flow.dynamic_shift = False
+  assert build.shift(config) == 1.0
+
+
+@pytest.mark.parametrize("role, fields, field", [
+    ("dx", dict(sampling__temperature=0.3), "config.sampling.temperature: DXHead"),
+    ("dx", dict(policy__segment=-0.5), "config.policy.segment"),
+    ("student", dict(imitation__label="midpoint"), "config.imitation.label: 'midpoint'.*window_substeps"),
+    ("student", dict(imitation__label="rk4"), "config.imitation.label: 'rk4'"),
+    ("student", dict(method=build.parallel_decoding), "config.policy.make: GMHead"),
+    ("parallel", dict(parallel_decoding__min_block=5), "min_block=5 must divide config.policy.intervals=128"),
+    ("parallel", dict(parallel_decoding__max_block=256), "max_block=256"),
+    ("meanflow", dict(meanflow__target="both"), "config.meanflow.target: 'both'"),
+])
+def test_fields_that_do_not_fit_are_named(role, fields, field):
+  with pytest.raises(errors.UserError, match=field):
+    build.run(tiny.config(role, **fields))
+
+
+def test_a_solver_that_is_not_there_is_named():
+  config = tiny.config("teacher", sampling__solver="Euler2")
+  run = build.run(config)
+  with pytest.raises(errors.UserError, match="config.sampling.solver: 'Euler2'"):
+    run.flow_map(_trees(config, run)[0], None, COND, 1)
+
+
+def test_the_points_of_dx_lie_on_the_flows_segment():
+  head = lambda **fields: build._policy_head(tiny.config("dx,4", flow__final_scale=0.5, **fields))
+  np.testing.assert_allclose(head().segment, 1 / 3.5)
+  assert head(policy__segment=0.7).segment == 0.7 and head(flow__shift=2.0).shift == 2.0
+
+
+def test_digits_roles_are_what_they_say():
+  assert {digits.get_config(role).method for role in ("dx", "gm32", "student", "dx-no-window")} == {build.imitation}
+  assert digits.get_config("gm32,4").policy.components == 32 and digits.get_config("gm32,4").flow.nfe == 4
+  assert [digits.get_config(role).imitation.window_substeps for role in ("dx", "dx-no-window")] == [10, 0]
+  assert digits.get_config("improved-meanflow").meanflow.improved and not digits.get_config("meanflow").meanflow.improved
+  with pytest.raises(ValueError, match="student,x: choose ROLE or ROLE,NFE"):
+    digits.get_config("student,x")
