@@ -10,7 +10,7 @@ DEVICES ?= $(shell $(PYTHON) -c 'import os; print(max(n for n in (1, 2, 4, 8) if
 CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 JAX_NUM_CPU_DEVICES=$(DEVICES)
 
-.PHONY: demo test quick lock clean help
+.PHONY: demo compare analytic test quick lock clean help
 
 help:  ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -34,6 +34,14 @@ demo: .venv/ready  ## teacher, one-call student, samples and report on real hand
 	@echo "== 3/3 evaluation: both, from the same noises"
 	@$(CACHE) $(PY) -m piflow_jax.evaluation.run --config=configs/digits.py:student --workdir=$(RUNS)/student \
 		--config.teacher.checkpoint=$(RUNS)/teacher $(ARGS)
+
+compare: .venv/ready  ## every few-step method at the same compute, three seeds each (an hour and a half on 2 cores)
+	@$(CACHE) $(PY) -m piflow_jax.main --config=configs/digits.py:teacher --workdir=$(RUNS)/teacher
+	@$(CACHE) $(PY) -m piflow_jax.evaluation.compare --config=configs/digits.py --workdir=$(RUNS)/compare \
+		--config.teacher.checkpoint=$(RUNS)/teacher --config.steps=600 --config.image_every=0 $(ARGS)
+
+analytic: .venv/ready  ## students against an exactly known flow, by their size and training
+	@$(CACHE) $(PY) -m piflow_jax.evaluation.analytic --config=configs/gaussians.py --workdir=runs/gaussians $(ARGS)
 
 test: .venv/ready  ## all tests
 	@$(PY) -m pytest -n 2 --dist loadfile -q tests

@@ -80,7 +80,7 @@ class Bench(NamedTuple):
   predict: Callable  # images -> labels [n]
   labels: np.ndarray  # [samples] of what is drawn
   noises: Callable  # seed -> (noise, fresh noise), [samples, H, W, C] each
-  draw: Callable  # (flow_map_of, nfe) -> jitted (weights, noise, cond) -> x_0; flow_map_of is (weights, cond) -> flow map
+  draw: Callable  # (flow_map_of, nfe, h) -> jitted (weights, noise, cond) -> x_0; flow_map_of: (weights, cond) -> flow map
 
 
 def bench(config, mesh):
@@ -100,9 +100,9 @@ def bench(config, mesh):
     draw = lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), (c.samples, *config.data.shape))
     return tuple(np.asarray(draw(i)) for i in range(2))
 
-  def draw(flow_map_of, nfe):
+  def draw(flow_map_of, nfe, h=0.0):
     return jax.jit(lambda weights, noise, cond: sampler.sample(
-        flow_map_of(weights, cond), noise, jax.random.key(c.seed), nfe=nfe, shift=build.shift(config),
+        flow_map_of(weights, cond), noise, jax.random.key(c.seed), nfe=nfe, h=h, shift=build.shift(config),
         final_scale=config.flow.final_scale), in_shardings=(None, split, split))
 
   labels = (np.arange(c.samples) % config.data.num_classes).astype(np.int32)
@@ -134,7 +134,7 @@ def evaluate(config, workdir):
 
   nfe = config.sampling.nfe
   models = [("teacher", n, functools.partial(b.draw(teacher_flow_map_of(config), n), teacher_params)) for n in TEACHER_STEPS]
-  models.append(("student", nfe, functools.partial(b.draw(student_flow_map_of(run, nfe), nfe), (params, teacher_params))))
+  models.append(("student", nfe, functools.partial(b.draw(student_flow_map_of(run, nfe), nfe, config.sampling.h), (params, teacher_params))))
 
   with tqdm.tqdm(total=c.samples * (len(models) + 1), unit="image", desc=f"{workdir}: sampling") as bar:
     drawn = [draw_all(draw, noise, b.labels, c.batch_size, bar) for _, _, draw in models]
