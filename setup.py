@@ -6,6 +6,7 @@ from setuptools import find_packages
 from setuptools import setup
 
 EVAL = ["diffrax>=0.7.2", "matplotlib>=3.11.2", "scikit-learn>=1.9.1", "scipy>=1.17.1"]
+NOTEBOOKS = ["ipykernel>=7.4.0", "nbclient>=0.11.0", "nbformat>=5.11.1"]
 
 setup(
     name="piflow_jax",
@@ -36,6 +37,6 @@ setup(
         "gpu": ["jax[cuda12]>=0.10.2"],
         "torch": ["torch>=2.13.0"],
         "eval": EVAL,
-        "dev": EVAL + ["pytest>=9.2.0", "pytest-xdist>=3.8.0"],
+        "dev": EVAL + NOTEBOOKS + ["pytest>=9.2.0", "pytest-xdist>=3.8.0"],
     },
 )

@@ -33,14 +33,14 @@ TEACHER_STEPS = (128, 4, 2, 1)
 
 
 def draw_all(draw, noise, labels, batch_size, bar):
-  """x_0 of all noises by draw(noise, cond) in batches of one shape; returns (x_0, seconds without the compiling call)."""
+  """(x_0 of all noises, seconds without the compiling call) by draw(noise, cond, batch's number), batches of one shape."""
   n = len(noise)
   pad = -n % batch_size
   noise, labels = (np.concatenate([x, x[:pad]]) for x in (noise, labels))
-  jax.block_until_ready(draw(noise[:batch_size], labels[:batch_size]))
+  jax.block_until_ready(draw(noise[:batch_size], labels[:batch_size], 0))
   began, parts = time.perf_counter(), []
   for i in range(0, len(noise), batch_size):
-    parts.append(np.asarray(draw(noise[i:i + batch_size], labels[i:i + batch_size])))
+    parts.append(np.asarray(draw(noise[i:i + batch_size], labels[i:i + batch_size], i // batch_size)))
     bar.update(min(batch_size, n - i))
   seconds = time.perf_counter() - began
   return np.concatenate(parts)[:n], seconds * n / len(noise)
@@ -80,7 +80,7 @@ class Bench(NamedTuple):
   predict: Callable  # images -> labels [n]
   labels: np.ndarray  # [samples] of what is drawn
   noises: Callable  # seed -> (noise, fresh noise), [samples, H, W, C] each
-  draw: Callable  # (flow_map_of, nfe, h) -> jitted (weights, noise, cond) -> x_0; flow_map_of: (weights, cond) -> flow map
+  draw: Callable  # (flow_map_of, nfe, h) -> jitted (weights, noise, cond, batch's number) -> x_0
 
 
 def bench(config, mesh):
@@ -101,9 +101,12 @@ def bench(config, mesh):
     return tuple(np.asarray(draw(i)) for i in range(2))
 
   def draw(flow_map_of, nfe, h=0.0):
-    return jax.jit(lambda weights, noise, cond: sampler.sample(
-        flow_map_of(weights, cond), noise, jax.random.key(c.seed), nfe=nfe, h=h, shift=build.shift(config),
-        final_scale=config.flow.final_scale), in_shardings=(None, split, split))
+    def sample(weights, noise, cond, batch):
+      key = jax.random.fold_in(jax.random.key(c.seed), batch)  # of what h > 0 draws on the way
+      return sampler.sample(flow_map_of(weights, cond), noise, key, nfe=nfe, h=h, shift=build.shift(config),
+                            final_scale=config.flow.final_scale)
+
+    return jax.jit(sample, in_shardings=(None, split, split, None))
 
   labels = (np.arange(c.samples) % config.data.num_classes).astype(np.int32)
   return Bench(train, held_out, extract, predict, labels, noises, draw)
@@ -133,8 +136,10 @@ def evaluate(config, workdir):
   noise, fresh = b.noises(c.seed)
 
   nfe = config.sampling.nfe
-  models = [("teacher", n, functools.partial(b.draw(teacher_flow_map_of(config), n), teacher_params)) for n in TEACHER_STEPS]
-  models.append(("student", nfe, functools.partial(b.draw(student_flow_map_of(run, nfe), nfe, config.sampling.h), (params, teacher_params))))
+  models = [("teacher", n, functools.partial(b.draw(teacher_flow_map_of(config), n), teacher_params))
+            for n in TEACHER_STEPS]
+  student_draw = b.draw(student_flow_map_of(run, nfe), nfe, config.sampling.h)
+  models.append(("student", nfe, functools.partial(student_draw, (params, teacher_params))))
 
   with tqdm.tqdm(total=c.samples * (len(models) + 1), unit="image", desc=f"{workdir}: sampling") as bar:
     drawn = [draw_all(draw, noise, b.labels, c.batch_size, bar) for _, _, draw in models]

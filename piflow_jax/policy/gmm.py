@@ -143,7 +143,8 @@ def x_0_offset(p: Centred, x, t):
   Returns:
     [B, C, P].
   """
-  t, t_src, v = jnp.maximum(t, p.eps), jnp.maximum(p.t_src, p.eps), p.var
+  t, t_src = jnp.maximum(t, p.eps), jnp.maximum(p.t_src, p.eps)
+  v = jnp.maximum(p.var, 1e-18)  # sharper is no different, and the derivative of 1 / v would leave float32
   a, a_src = (1 - t) / t, (1 - t_src) / t_src
   zeta = (a - a_src) * (a + a_src)
   d = v * zeta + 1
@@ -187,11 +188,12 @@ def _unrolled(row, delta, add=jnp.add):
 
 def _unrolled_weights(delta, half_square, logweights, residual, zeta, d):
   # That backend computes again, for each reader, whatever it broadcasts, unless a division comes last. Hence one in
-  # each thing that the components share.
+  # each thing that the components share; where there is nothing to divide by it is d's sign, 1, so that nothing is
+  # rounded: logits of a sharp mixture reach 1e9, and a maximum that is off by a rounding overflows the exponential.
   logits = logweights - half_square * (zeta / d)
   for c in range(delta.shape[1]):
     logits += delta[:, c] * (residual[:, c:c + 1] / d)
-  weights = jnp.exp(logits - _unrolled(lambda k: logits[:, k:k + 1], delta, jnp.maximum) * d / d)
+  weights = jnp.exp(logits - _unrolled(lambda k: logits[:, k:k + 1], delta, jnp.maximum) / jnp.sign(d))
   return weights, _unrolled(lambda k: weights[:, k:k + 1], delta)
 
 
@@ -201,7 +203,7 @@ def _unrolled_backward(args, g):
   weights, total = _unrolled_weights(*args)
   mean = _unrolled(lambda k: weights[:, k:k + 1] * delta[:, :, k], delta) / total
   g = g / total
-  centre = sum(g[:, c:c + 1] * mean[:, c:c + 1] for c in range(delta.shape[1])) * d / d
+  centre = sum(g[:, c:c + 1] * mean[:, c:c + 1] for c in range(delta.shape[1])) / jnp.sign(d)
   pull, pull_zeta = residual / d, zeta / d
   d_logits = weights * (sum(g[:, c:c + 1] * delta[:, c] for c in range(delta.shape[1])) - centre)
   d_delta = weights[:, None] * g[:, :, None] + d_logits[:, None] * pull[:, :, None]

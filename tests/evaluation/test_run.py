@@ -9,8 +9,8 @@ from piflow_jax import train_loop
 from piflow_jax.evaluation import run
 from tests import tiny
 
-COLUMNS = ["accuracy", "calls", "diversity", "endpoint_error", "frechet", "frechet_to_teacher", "model", "precision", "recall",
-           "seconds_per_1000"]
+COLUMNS = ["accuracy", "calls", "diversity", "endpoint_error", "frechet", "frechet_to_teacher", "model",
+           "pixel_frechet", "pixel_frechet_to_teacher", "precision", "recall", "seconds_per_1000"]
 
 
 @pytest.mark.slow
