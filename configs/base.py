@@ -40,7 +40,7 @@ def get_config():
   c.policy.logstd_width = 1024  # GM
   c.policy.dropout = 0.05  # GM: chance that a component is missing from the policy that makes the trajectory
   c.policy.points = 10  # DX: N
-  c.policy.segment = 0.0  # DX: raw time over which the points lie, whatever nfe is sampled with; 0 is config.flow's segment
+  c.policy.segment = 0.0  # DX: raw time over which the points lie, at any nfe; 0 is config.flow's segment
   c.policy.polynomial = False  # DX: powers of time instead of a grid
   c.policy.intervals = 128  # parallel decoding: G over the whole of raw time
 
@@ -66,7 +66,7 @@ def get_config():
 
   c.meanflow = ConfigDict()
   c.meanflow.improved = False  # the derivative's direction is the network's own velocity
-  c.meanflow.target = "data"  # or "teacher", its velocity; a student of either starts from config.teacher.checkpoint, if any
+  c.meanflow.target = "data"  # or "teacher", its velocity; either starts from config.teacher.checkpoint, if any
   c.meanflow.ratio = 0.25  # share of samples whose two times differ (improved: 0.5)
   c.meanflow.logit_mean, c.meanflow.logit_std = -0.4, 1.0  # of both times
   c.meanflow.norm_power, c.meanflow.norm_eps = 1.0, 0.01  # of the adaptive weight 1 / (|error|^2 + eps)^power

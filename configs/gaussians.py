@@ -1,4 +1,4 @@
-"""A teacher without error: data are a Gaussian mixture whose flow is known, so that a student's every end point can be checked.
+"""A teacher without error: data are a Gaussian mixture whose flow is known, end points and all.
 
   python -m piflow_jax.main --config=configs/gaussians.py:gm,16 --workdir=runs/gaussians/gm-16
   python -m piflow_jax.evaluation.analytic --config=configs/gaussians.py --workdir=runs/gaussians

@@ -1,4 +1,4 @@
-"""Parallel decoding distillation (PDD, arXiv 2607.26004; spec section 10): each interval's velocity for the teacher's mean there."""
+"""Parallel decoding distillation (PDD, arXiv 2607.26004; spec section 10): the teacher's mean in each interval."""
 
 import jax
 import jax.numpy as jnp

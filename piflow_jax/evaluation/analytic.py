@@ -2,9 +2,9 @@
 
   python -m piflow_jax.evaluation.analytic --config=configs/gaussians.py --workdir=runs/gaussians
 
-The config file must take POLICY,N as its argument. GM students of K components and DX students of N points are trained, each in
-its own folder of the workdir, and stopped on the way to be measured: the end points of one call against the exact flow of the
-same noise. Leaves analytic.png and analytic.json in the workdir and prints the figures.
+The config file must take POLICY,N as its argument. GM students of K components and DX students of N points are
+trained, each in its own folder of the workdir, and stopped on the way to be measured: the end points of one call against
+the exact flow of the same noise. Leaves analytic.png and analytic.json in the workdir and prints the figures.
 """
 
 import functools

@@ -2,10 +2,10 @@
 
   python -m piflow_jax.evaluation.compare --config=configs/digits.py --workdir=runs/digits/compare
 
-The config file must take ROLE,NFE as its argument. Every method named by --methods is trained for each number of --calls
-(one model for all of them where the method knows no segments), with seeds 0 to --seeds - 1, in its own folder of the workdir: what
-is there already is not trained again. config.steps is that of the first method; the others get as many network passes,
-the teacher's counted. Leaves compare.html and compare.json in <workdir>/report and prints the path.
+The config file must take ROLE,NFE as its argument. Every method named by --methods is trained for each number of
+--calls (one model for all of them where the method knows no segments), with seeds 0 to --seeds - 1, in its own folder of
+the workdir: what is there already is not trained again. config.steps is that of the first method; the others get as many
+network passes, the teacher's counted. Leaves compare.html and compare.json in <workdir>/report and prints the path.
 """
 
 import functools

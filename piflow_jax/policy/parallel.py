@@ -1,4 +1,4 @@
-"""The parallel-decoding policy: all velocities of a fixed grid of raw times at once (PDD, arXiv 2607.26004; spec section 10)."""
+"""The parallel-decoding policy: a fixed grid of velocities at once (PDD, arXiv 2607.26004; spec section 10)."""
 
 from typing import Any
 

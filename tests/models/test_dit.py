@@ -85,7 +85,8 @@ def test_dx_student_vectors():
   x, t, labels = _inputs(data)
   fresh = net.init(jax.random.key(0), x, t, labels)["params"]["head"]
   head = net.head.from_teacher(teacher["head"], fresh, None)
-  stored = {"kernel": jnp.asarray(data["dx_student/proj_out_2.weight"]).T, "bias": jnp.asarray(data["dx_student/proj_out_2.bias"])}
+  stored = {"kernel": jnp.asarray(data["dx_student/proj_out_2.weight"]).T,
+            "bias": jnp.asarray(data["dx_student/proj_out_2.bias"])}
   _flat_close(head, golden.dx_head(lambda name: stored), 1e-6)
   np.testing.assert_allclose(
       jax.jit(lambda p: net.apply({"params": p}, x, t, labels))(teacher | {"head": head}), want(data["dx_student_out"]),
