@@ -288,9 +288,16 @@ def _check(config):
   for name in positive:
     if config[name] < 1:
       raise errors.UserError(f"config.{name}: {config[name]} is less than 1")
-  for name in ("nfe", "total_substeps"):
-    if config.flow[name] < 1:
-      raise errors.UserError(f"config.flow.{name}: {config.flow[name]} is less than 1")
+  for part, names in (("flow", ("nfe", "total_substeps")), ("policy", ("components", "points", "intervals")),
+                      ("imitation", ("num_states",)), ("sampling", ("nfe",))):
+    for name in names:
+      if config[part][name] < 1:
+        raise errors.UserError(f"config.{part}.{name}: {config[part][name]} is less than 1")
+  if config.sampling.temperature != 1 and config.method in (flow_matching, meanflow):
+    raise errors.UserError(f"config.sampling.temperature: {config.method.__name__} makes no policies to sharpen; set 1")
+  if config.teacher.mixture and config.teacher.guidance_scale > 1:
+    raise errors.UserError(
+        f"config.teacher.guidance_scale: {config.teacher.guidance_scale} needs a network; an exact teacher has no guidance")
   if config.network.dtype not in ("float32", "bfloat16"):
     raise errors.UserError(f'config.network.dtype: {config.network.dtype!r} is neither "float32" nor "bfloat16"')
   if config.imitation.label not in ("euler", "midpoint"):

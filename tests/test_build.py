@@ -121,6 +121,12 @@ def test_dynamic_shift_counts_tokens(tokens, size):
     ("parallel", dict(parallel_decoding__min_block=5), "min_block=5 must divide config.policy.intervals=128"),
     ("parallel", dict(parallel_decoding__max_block=256), "max_block=256"),
     ("meanflow", dict(meanflow__target="both"), "config.meanflow.target: 'both'"),
+    ("meanflow", dict(sampling__temperature=0.3), "config.sampling.temperature: meanflow makes no policies"),
+    ("student", dict(policy__components=0), "config.policy.components: 0"),
+    ("dx", dict(policy__points=0), "config.policy.points: 0"),
+    ("parallel", dict(policy__intervals=0), "config.policy.intervals: 0"),
+    ("student", dict(imitation__num_states=0), "config.imitation.num_states: 0"),
+    ("student", dict(teacher__mixture=lambda *_: None, teacher__guidance_scale=2.0), "config.teacher.guidance_scale: 2.0"),
 ])
 def test_fields_that_do_not_fit_are_named(role, fields, field):
   with pytest.raises(errors.UserError, match=field):

@@ -50,10 +50,10 @@ def endpoint_error(config, workdir):
   return metrics.endpoint_error(np.asarray(got), np.asarray(want), np.asarray(cond))
 
 
-def sweep(config_of, workdir, *, sizes, stops):
+def sweep(config_of, workdir, *, sizes, stops, policies=("gm", "dx")):
   """{policy: {size: [endpoint error at each stop]}}, training what is missing."""
   errors = {}
-  for policy in ("gm", "dx"):
+  for policy in policies:
     for n in sizes:
       folder, errors_here = str(epath.Path(workdir) / f"{policy}-{n}"), []
       for stop in stops:

@@ -1,0 +1,41 @@
+"""Students against the exact flow, small: more components and more training end nearer to it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import gaussians
+from piflow_jax import build
+from piflow_jax import teacher as teacher_lib
+from piflow_jax.evaluation import analytic
+
+
+@pytest.mark.slow
+def test_end_points_come_nearer_with_size_and_training(tmp_path):
+  def config_of(policy, n):
+    config = gaussians.get_config(f"{policy},{n}")
+    config.update(batch_size=64, log_every=100)
+    config.flow.total_substeps = 16
+    config.optimizer.learning_rate = 2e-3
+    return config
+
+  errors = analytic.sweep(config_of, tmp_path, sizes=[1, 16], stops=[50, 300], policies=("gm",))["gm"]
+  # Measured 0.05 to 0.2 at this size; the bounds leave half of the difference.
+  assert errors[16][1] < 0.7 * errors[16][0]
+  assert errors[16][1] < 0.8 * errors[1][1]
+  analytic.write(tmp_path, {"gm": errors}, [1, 16], [50, 300])
+  assert json.loads((tmp_path / "analytic.json").read_text())["endpoint_error"]["gm"]["16"] == errors[16]
+  assert (tmp_path / "analytic.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_exact_ends_of_one_gaussian_are_in_closed_form():
+  """x_0 = mean + (std / 1) (noise - 0) for a single Gaussian: its flow is a scaling around the moving mean."""
+  mixture = teacher_lib.GaussianMixture(jnp.full((1, 1, 1, 2), 1.5), 0.3, jnp.zeros((1, 1)))
+  config = gaussians.get_config("gm,1")
+  config.teacher.mixture = lambda shape, classes: mixture
+  noise = jax.random.normal(jax.random.key(0), (32, 1, 1, 2))
+  ends = analytic.exact_ends(config, build.exact_teacher(config), noise, jnp.zeros(32, jnp.int32))
+  np.testing.assert_allclose(ends, 1.5 + 0.3 * noise, atol=2e-5)  # float32 over 256 steps
