@@ -47,7 +47,8 @@ def get_config():
   c.flow = ConfigDict()
   c.flow.nfe = 1  # network calls, i.e. segments, that the student is trained for
   c.flow.shift = 1.0  # of the noise schedule
-  c.flow.dynamic_shift = False  # instead: log shift linear in the number of tokens, 0.5 at 256, 1.15 at 4096
+  c.flow.dynamic_shift = False  # instead: the shift's logarithm is linear in the number of tokens
+  c.flow.base_log_shift, c.flow.max_log_shift = 0.5, 1.15  # at 256 and at 4096 tokens
   c.flow.final_scale = 1.0  # length of the last segment as a share of the others
   c.flow.total_substeps = 128  # Euler substeps of the policy over all segments
 

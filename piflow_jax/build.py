@@ -174,7 +174,8 @@ def shift(config):
   if not config.flow.dynamic_shift:
     return config.flow.shift
   height, width, _ = config.data.shape
-  return flow_lib.dynamic_shift(height * width // config.network.patch**2)
+  return flow_lib.dynamic_shift(height * width // config.network.patch**2, base_log_shift=config.flow.base_log_shift,
+                                max_log_shift=config.flow.max_log_shift)
 
 
 def sharding_rules(config):

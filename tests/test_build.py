@@ -108,6 +108,8 @@ def test_dynamic_shift_counts_tokens(tokens, size):
   config = tiny.config("student", flow__dynamic_shift=True, data__shape=(size, size, 1))
   data = golden.load("sample_t", np.float64)
   np.testing.assert_allclose(build.shift(config), data[f"dyn{tokens}_shift"], rtol=1e-6)
+  config.flow.base_log_shift = config.flow.max_log_shift = 0.7
+  np.testing.assert_allclose(build.shift(config), np.exp(0.7))
   config.flow.dynamic_shift = False
   assert build.shift(config) == 1.0
 

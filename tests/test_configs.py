@@ -10,6 +10,7 @@ from piflow_jax import build
 from piflow_jax import sharding
 from piflow_jax import train_loop
 from piflow_jax.evaluation import analytic
+from tests import tiny
 
 # Parameters of DiT-B, L, XL at patch 2 with fixed positions (arXiv 2212.09748, table 1: 130M, 458M, 675M), less half of
 # their output layer, which there also predicts a variance.

@@ -165,6 +165,7 @@ def _plan(config_of, workdir, methods, calls, seeds):
   for role in methods:
     for nfe in calls:
       config = config_of(role, nfe)
+      build.run(config)  # fields that do not fit are told now, not after an hour
       cost = passes(config)
       budget = budget or config.steps * cost
       per_call = trained_per_call(config)
