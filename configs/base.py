@@ -104,7 +104,8 @@ def get_config():
 
   c.sampling = ConfigDict()  # the pictures drawn during training, and evaluation
   c.sampling.nfe = 1  # network calls: steps of a teacher, segments of a student
-  c.sampling.solver = "euler"  # of a teacher: or "midpoint", "heun", or a solver of diffrax, e.g. "Tsit5"
+  # Of a build.flow_matching run: or "midpoint", "heun", or a solver of diffrax, e.g. "Tsit5". Evaluation has Euler steps.
+  c.sampling.solver = "euler"
   c.sampling.temperature = 1.0  # GM: sharpens the policies of all calls but the last
   c.sampling.h = 0.0  # stochasticity: 0 deterministic, inf full re-noising
   c.sampling.images = 64  # in a picture

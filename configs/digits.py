@@ -8,7 +8,7 @@ The argument is ROLE or ROLE,NFE, the network calls that a student is trained fo
   teacher            flow matching
   student            GM policy, K = 8
   gm32               GM policy, K = 32
-  dx                 DX policy, N = 10 on a grid, micro-window of 10 substeps
+  dx                 DX policy, N = 10 on a grid, micro-window of 10 / NFE substeps
   dx-no-window       the same without the window
   parallel           parallel decoding, 128 intervals; one model for 1, 2 and 4 calls
   meanflow           MeanFlow on the teacher's velocity; one model for any number of calls
@@ -16,7 +16,7 @@ The argument is ROLE or ROLE,NFE, the network calls that a student is trained fo
   meanflow-data      MeanFlow as published, on data
 python -m piflow_jax.evaluation.compare trains and measures them all.
 
-Guided distillation: add --config.teacher.guidance_scale=2 to the last two, with a workdir of its own.
+Guided distillation: add --config.teacher.guidance_scale=2 to the student's two commands, with a workdir of its own.
 Hardware: 2 CPU cores; time and figures in README.md.
 """
 
@@ -56,7 +56,8 @@ def get_config(argument="student"):
     c.policy.components = 32
   elif role in ("dx", "dx-no-window"):
     c.policy.update(make=dx.DXHead, points=10)
-    c.imitation.window_substeps = 10 if role == "dx" else 0
+    # What lies between two grid points, of the 128 / NFE substeps of a segment.
+    c.imitation.window_substeps = max(round(10 / c.flow.nfe), 1) if role == "dx" else 0
   elif role == "parallel":
     c.method = build.parallel_decoding
     c.policy.update(make=parallel.ParallelHead, intervals=128)

@@ -44,6 +44,7 @@ def flow_matching(config):
   c = config.flow_matching
   drop = functools.partial(dit.drop_labels, rate=c.label_dropout, num_classes=config.data.num_classes)
   apply = _apply(net)
+  sampler.velocity_flow_map(apply, method=config.sampling.solver)  # an unknown one is told now, not with a first picture
   objective = flow_matching_lib.objective(
       apply, drop, shift=shift(config),
       logit_mean=c.logit_mean if c.logit_normal else None, logit_std=c.logit_std)
@@ -54,7 +55,7 @@ def flow_matching(config):
 def imitation(config):
   """A few-step student by imitation of a teacher of the same trunk, on data or without."""
   c, flow, student = config.imitation, config.flow, _student(config)
-  if c.label != "euler" and not (c.window_substeps or c.num_decay_steps):
+  if c.label != "euler" and not c.window_substeps:
     raise errors.UserError(f"config.imitation.label: {c.label!r} is the teacher's mean over a window, and there is none; "
                            "set config.imitation.window_substeps")
   segment = imitation_lib.segment(
@@ -84,6 +85,8 @@ def imitation(config):
 def parallel_decoding(config):
   """A student by parallel decoding distillation; sampled through one fused output layer."""
   c, p, student = config.imitation, config.parallel_decoding, _student(config)
+  if config.flow.final_scale != 1:
+    raise errors.UserError(f"config.flow.final_scale: {config.flow.final_scale}; parallel decoding's blocks are alike, set 1")
   if not hasattr(student.head, "fuse"):
     raise errors.UserError(f"config.policy.make: {config.policy.make.__name__} is no head of fixed intervals; "
                            "parallel decoding takes piflow_jax.policy.parallel.ParallelHead")
@@ -289,11 +292,22 @@ def _check(config):
   for name in positive:
     if config[name] < 1:
       raise errors.UserError(f"config.{name}: {config[name]} is less than 1")
-  for part, names in (("flow", ("nfe", "total_substeps")), ("policy", ("components", "points", "intervals")),
+  for part, names in (("flow", ("nfe", "total_substeps")), ("policy", ("components", "points", "intervals", "logstd_width")),
                       ("imitation", ("num_states",)), ("sampling", ("nfe",))):
     for name in names:
       if config[part][name] < 1:
         raise errors.UserError(f"config.{part}.{name}: {config[part][name]} is less than 1")
+  for name, good, want in (
+      ("flow.final_scale", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+      ("flow.shift", lambda v: 0 < v < float("inf"), "above 0 and finite"),
+      ("sampling.h", lambda v: v >= 0, "at least 0"),
+      ("imitation.num_decay_steps", lambda v: v >= 0, "at least 0"),
+      ("imitation.window_substeps", lambda v: v >= 0, "at least 0"),
+      ("policy.dropout", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+      ("meanflow.ratio", lambda v: 0 <= v <= 1, "between 0 and 1")):
+    part, field = name.split(".")
+    if not good(config[part][field]):
+      raise errors.UserError(f"config.{name}: {config[part][field]} must be {want}")
   if config.sampling.temperature != 1 and config.method in (flow_matching, meanflow):
     raise errors.UserError(f"config.sampling.temperature: {config.method.__name__} makes no policies to sharpen; set 1")
   if config.teacher.mixture and config.teacher.guidance_scale > 1:

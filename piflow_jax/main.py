@@ -8,6 +8,7 @@ configs/base.py lists them all. The same command with the same --workdir goes on
 Exit status: 0 done; 75 stopped by SIGTERM with everything saved, start again; 2 bad input; 3 a loss that is not finite.
 """
 
+import importlib.util
 import sys
 
 from absl import app
@@ -23,9 +24,40 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder (or gs:// path) of this r
 
 
 def _main(argv):
-  if len(argv) > 1:
-    raise errors.UserError(f"{argv[1]}: not understood; options are written --name=value")
+  del argv
   return train_loop.train(CONFIG.value, WORKDIR.value)
+
+
+def whole_numbers(flag):
+  """The values of a list flag as ascending integers. Raises errors.UserError."""
+  if not flag.value or not all(n.isdigit() and int(n) for n in flag.value):
+    raise errors.UserError(f"--{flag.name}: {','.join(flag.value) or 'nothing'}; give positive whole numbers, as in 1,2,4")
+  return sorted({int(n) for n in flag.value})
+
+
+def configs_of(holder):
+  """(name, number) -> config of NAME,NUMBER, from the file of --config and with what the command line sets.
+
+  Raises:
+    errors.UserError: the file takes no such argument.
+  """
+  flag = flags.FLAGS[holder.name]
+  path = config_flags.get_config_filename(flag)
+  overrides = config_flags.get_override_values(flag)
+  path = path.partition(":")[0]
+  spec = importlib.util.spec_from_file_location("configs_of", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+
+  def config_of(name, number):
+    try:
+      config = module.get_config(f"{name},{number}")
+    except (ValueError, TypeError) as e:
+      raise errors.UserError(f"--config: {path} with the argument {name},{number}: {e}") from e
+    config.update_from_flattened_dict(overrides)
+    return config
+
+  return config_of
 
 
 def run(main):
@@ -48,6 +80,8 @@ def run(main):
       logging.get_absl_logger().addFilter(lambda r: r.levelno >= logging.converter.STANDARD_ERROR or "piflow_jax" in r.pathname)
       logging.set_verbosity(logging.WARNING)
     try:
+      if len(argv) > 1:
+        raise errors.UserError(f"{argv[1]}: not understood; options are written --name=value")
       sys.exit(main(argv))
     except errors.UserError as e:
       _fail(2, e)

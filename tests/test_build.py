@@ -126,6 +126,17 @@ def test_dynamic_shift_counts_tokens(tokens, size):
     ("meanflow", dict(sampling__temperature=0.3), "config.sampling.temperature: meanflow makes no policies"),
     ("student", dict(policy__components=0), "config.policy.components: 0"),
     ("dx", dict(policy__points=0), "config.policy.points: 0"),
+    ("student", dict(policy__logstd_width=0), "config.policy.logstd_width: 0"),
+    ("student", dict(policy__dropout=1.5), "config.policy.dropout: 1.5 must be at least 0 and below 1"),
+    ("student", dict(flow__final_scale=0.0), "config.flow.final_scale: 0.0 must be above 0"),
+    ("student", dict(flow__final_scale=3.0), "config.flow.final_scale: 3.0"),
+    ("student", dict(flow__shift=0.0), "config.flow.shift: 0.0"),
+    ("student", dict(sampling__h=-1.0), "config.sampling.h: -1.0"),
+    ("student", dict(imitation__num_decay_steps=-3), "config.imitation.num_decay_steps: -3"),
+    ("student", dict(imitation__window_substeps=-2), "config.imitation.window_substeps: -2"),
+    ("meanflow", dict(meanflow__ratio=-1.0), "config.meanflow.ratio: -1.0"),
+    ("parallel", dict(flow__final_scale=0.5), "config.flow.final_scale: 0.5; parallel decoding"),
+    ("teacher", dict(sampling__solver="Euler2"), "config.sampling.solver: 'Euler2'"),
     ("parallel", dict(policy__intervals=0), "config.policy.intervals: 0"),
     ("student", dict(imitation__num_states=0), "config.imitation.num_states: 0"),
     ("student", dict(teacher__mixture=lambda *_: None, teacher__guidance_scale=2.0), "config.teacher.guidance_scale: 2.0"),
@@ -133,13 +144,6 @@ def test_dynamic_shift_counts_tokens(tokens, size):
 def test_fields_that_do_not_fit_are_named(role, fields, field):
   with pytest.raises(errors.UserError, match=field):
     build.run(tiny.config(role, **fields))
-
-
-def test_a_solver_that_is_not_there_is_named():
-  config = tiny.config("teacher", sampling__solver="Euler2")
-  run = build.run(config)
-  with pytest.raises(errors.UserError, match="config.sampling.solver: 'Euler2'"):
-    run.flow_map(_trees(config, run)[0], None, COND, 1)
 
 
 def test_the_points_of_dx_lie_on_the_flows_segment():

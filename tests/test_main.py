@@ -99,3 +99,18 @@ def test_a_loss_that_is_not_finite_ends_with_its_own_status(tmp_path):
 def test_help_teaches():
   status, out, err = tiny.run([tiny.sys.executable, "-m", "piflow_jax.main", "--help"])
   assert "--config=configs/digits.py:teacher" in out + err and "Exit status" in out + err and "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program, arguments, words", [
+    ("compare", ["--config=configs/digits.py:student", "--methods="], ["--methods", "nothing"]),
+    ("compare", ["--config=configs/digits.py", "--calls=1,two"], ["--calls", "1,two"]),
+    ("compare", ["--config=configs/digits.py", "--methods=artist"], ["artist,1", "choose ROLE"]),
+    ("compare", ["--config=configs/base.py"], ["configs/base.py", "student,1"]),
+    ("compare", ["--config=configs/digits.py", "stray"], ["stray"]),
+    ("analytic", ["--config=configs/gaussians.py", "--stops="], ["--stops", "nothing"]),
+])
+def test_bad_comparisons_are_named(program, arguments, words, tmp_path):
+  command = [tiny.sys.executable, "-m", f"piflow_jax.evaluation.{program}", f"--workdir={tmp_path / 'run'}"]
+  _refused([*command, *arguments], *words)
+  assert not (tmp_path / "run").exists()

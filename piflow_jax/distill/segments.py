@@ -62,7 +62,7 @@ def data_free(segment_fn, *, nfe, final_scale=1.0):
       (segment_loss, x), segment_grads = jax.value_and_grad(segment_fn, has_aux=True)(
           params, teacher_params, x, of_each(tau), of_each(length), batch["cond"],
           jax.vmap(jax.random.fold_in, (0, None))(key_walk, i), step)
-      grads = jax.tree.map(lambda total, g: total + length * g, grads, segment_grads)
+      grads = jax.tree.map(lambda total, g: total + (length * g).astype(total.dtype), grads, segment_grads)
       return (x, grads, loss + length * segment_loss), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)

@@ -17,11 +17,11 @@ import numpy as np
 
 from piflow_jax import build
 from piflow_jax import checkpoint
+from piflow_jax import errors
 from piflow_jax import main as program
 from piflow_jax import sampler
 from piflow_jax import sharding
 from piflow_jax import train_loop
-from piflow_jax.evaluation import compare
 from piflow_jax.evaluation import figures
 from piflow_jax.evaluation import metrics
 
@@ -52,43 +52,51 @@ def endpoint_error(config, workdir):
 
 def sweep(config_of, workdir, *, sizes, stops, policies=("gm", "dx")):
   """{policy: {size: [endpoint error at each stop]}}, training what is missing."""
-  errors = {}
+  found = {}
   for policy in policies:
     for n in sizes:
-      folder, errors_here = str(epath.Path(workdir) / f"{policy}-{n}"), []
+      folder = epath.Path(workdir) / f"{policy}-{n}"
+      # A run goes on from stop to stop, so that what was measured on the way is not to be had again: it is written down.
+      known = folder / "endpoint_error.json"
+      measured = json.loads(known.read_text()) if known.exists() else {}
       for stop in stops:
+        if str(stop) in measured:
+          continue
+        if measured and stop < max(map(int, measured)):
+          raise errors.UserError(f"--stops: {stop}: the run in {folder} is past that; choose another workdir")
         config = config_of(policy, n)
         config.steps = config.checkpoint_every = stop
-        status = train_loop.train(config, folder)
+        status = train_loop.train(config, str(folder))
         if status:
           raise SystemExit(status)
-        errors_here.append(endpoint_error(config, folder))
+        measured[str(stop)] = endpoint_error(config, str(folder))
+        known.write_text(json.dumps(measured))
         jax.clear_caches()
-      errors.setdefault(policy, {})[n] = errors_here
-  return errors
+      found.setdefault(policy, {})[n] = [measured[str(stop)] for stop in stops]
+  return found
 
 
-def write(workdir, errors, sizes, stops):
+def write(workdir, found, sizes, stops):
   """analytic.json and analytic.png of `sweep`'s figures."""
   name = {"gm": "K", "dx": "N"}
-  by_size = {f"{policy.upper()}": (sizes, [of[n][-1] for n in sizes]) for policy, of in errors.items()}
+  by_size = {f"{policy.upper()}": (sizes, [of[n][-1] for n in sizes]) for policy, of in found.items()}
   panels = [("by the policy's size, trained out", "K components (GM), N points (DX)", "endpoint error", by_size, "xy")]
-  for policy, of in errors.items():
+  for policy, of in found.items():
     panels.append((f"{policy.upper()} by training", "step", "endpoint error",
                    {f"{name[policy]} = {n}": (stops, values) for n, values in of.items()}, "xy"))
   folder = epath.Path(workdir)
   (folder / "analytic.png").write_bytes(figures.lines(panels, "One call against the exact flow"))
   (folder / "analytic.json").write_text(json.dumps(
-      {"stops": stops, "endpoint_error": {p: {str(n): v for n, v in of.items()} for p, of in errors.items()}}, indent=1))
+      {"stops": stops, "endpoint_error": {p: {str(n): v for n, v in of.items()} for p, of in found.items()}}, indent=1))
 
 
 def _main(argv):
   del argv
-  sizes, stops = (compare.whole_numbers(flag) for flag in (SIZES, STEPS))
-  errors = sweep(compare.configs_of(program.CONFIG), program.WORKDIR.value, sizes=sizes, stops=stops)
-  write(program.WORKDIR.value, errors, sizes, stops)
+  sizes, stops = (program.whole_numbers(flag) for flag in (SIZES, STEPS))
+  found = sweep(program.configs_of(program.CONFIG), program.WORKDIR.value, sizes=sizes, stops=stops)
+  write(program.WORKDIR.value, found, sizes, stops)
   print("endpoint error after".ljust(22) + "".join(f"{stop:>9}" for stop in stops))
-  for policy, of in errors.items():
+  for policy, of in found.items():
     for n, values in of.items():
       print(f"{policy} {n}".ljust(22) + "".join(f"{value:9.3f}" for value in values))
   print(epath.Path(program.WORKDIR.value) / "analytic.png")

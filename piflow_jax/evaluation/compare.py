@@ -9,14 +9,12 @@ network passes, the teacher's counted. Leaves compare.html and compare.json in <
 """
 
 import functools
-import importlib.util
 import json
 import time
 
 from absl import flags
 from etils import epath
 import jax
-from ml_collections import config_flags
 import numpy as np
 import tqdm
 
@@ -88,13 +86,20 @@ def compare(config_of, workdir, *, methods, calls, seeds):
     errors.UserError: bad input, before anything is trained.
   """
   began = time.time()
+  if not methods or len(set(methods)) < len(methods):
+    raise errors.UserError(f"--methods: {','.join(methods) or 'nothing'}; name each method once")
   plan = _plan(config_of, epath.Path(workdir), methods, calls, seeds)
   config = plan[0]["config"]
   mesh = sharding.make_mesh(**config.mesh)
   b = run_lib.bench(config, mesh)
   for i, job in enumerate(plan):
     print(f"[{i + 1}/{len(plan)}] {job['folder']}: {job['config'].steps} steps", flush=True)
-    status = train_loop.train(job["config"], str(job["folder"]))
+    try:
+      status = train_loop.train(job["config"], str(job["folder"]))
+    except errors.NotFinite as e:
+      print(f"{job['folder']}: {e}", flush=True)
+      job["diverged"] = True
+      continue
     if status:
       raise SystemExit(status)
     jax.clear_caches()
@@ -135,6 +140,10 @@ def compare(config_of, workdir, *, methods, calls, seeds):
 
     draws = {}
     for job in plan:
+      if "diverged" in job:
+        for nfe in job["calls"]:
+          add(job["name"], nfe, job["seed"], np.full_like(ends[0], np.nan), np.nan, job)
+        continue
       run = build.run(job["config"])
       jitted = train_loop.compile_run(job["config"], mesh, run)
       params = checkpoint.load_weights(str(job["folder"]), jitted["state"].ema, "ema", "--workdir")
@@ -188,7 +197,7 @@ def _seconds_per_step(folder):
 
 def _notes(config):
   return [
-      "All students have the teacher's network and start from its weights; a row's passes are network passes a sample and "
+      "All students have the teacher's network and, where it has a checkpoint, start from its weights; a row's passes are network passes a sample and "
       "update (forward 1, backward 2, forward-mode derivative 1; the teacher's counted), and steps are chosen so that "
       "passes times steps is the same for all.",
       "Policies are trained for their number of calls; parallel decoding and MeanFlow are one model for all of them.",
@@ -199,37 +208,10 @@ def _notes(config):
   ]
 
 
-def whole_numbers(flag):
-  """The values of a list flag as ascending integers. Raises errors.UserError."""
-  if not all(n.isdigit() and int(n) for n in flag.value):
-    raise errors.UserError(f"--{flag.name}: {','.join(flag.value)} are not all positive whole numbers")
-  return sorted({int(n) for n in flag.value})
-
-
-def configs_of(holder):
-  """(name, number) -> config, from the file that --config names and with what the command line sets."""
-  flag = flags.FLAGS[holder.name]
-  path = config_flags.get_config_filename(flag)
-  overrides = config_flags.get_override_values(flag)
-  spec = importlib.util.spec_from_file_location("compared_config", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-
-  def config_of(name, number):
-    try:
-      config = module.get_config(f"{name},{number}")
-    except ValueError as e:
-      raise errors.UserError(f"--config: {e}") from e
-    config.update_from_flattened_dict(overrides)
-    return config
-
-  return config_of
-
-
 def _main(argv):
   del argv
-  path = compare(configs_of(program.CONFIG), program.WORKDIR.value, methods=METHODS.value,
-                 calls=whole_numbers(CALLS), seeds=SEEDS.value)
+  path = compare(program.configs_of(program.CONFIG), program.WORKDIR.value, methods=METHODS.value,
+                 calls=program.whole_numbers(CALLS), seeds=SEEDS.value)
   result = json.loads((path.parent / "compare.json").read_text())
   print(f"{'method':<18} {'calls':>5} " + " ".join(f"{name:>24}" for name in METRICS))
   for row in result["rows"]:

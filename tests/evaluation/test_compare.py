@@ -64,6 +64,24 @@ def test_every_method_gets_the_same_passes(tmp_path):
       ("student", [1], 300), ("student", [2], 300), ("improved-meanflow", [1, 2], 250), ("meanflow-data", [1, 2], 375)]
 
 
+@pytest.mark.slow
+def test_a_method_that_diverges_is_a_row_without_figures(tmp_path, tiny_teacher):
+  config_of = lambda role, nfe: tiny.config(
+      f"{role},{nfe}", teacher__checkpoint=str(tiny_teacher), steps=4, checkpoint_every=4,
+      **(dict(optimizer__learning_rate=1e38) if role == "dx" else {}))
+  path = compare.compare(config_of, tmp_path / "compare", methods=["student", "dx"], calls=[1], seeds=1)
+  rows = json.loads((path.parent / "compare.json").read_text())["rows"]
+  assert rows[-2]["method"] == "student" and rows[-2]["mean"]["frechet"] > 0
+  assert rows[-1]["method"] == "dx" and rows[-1]["values"]["frechet"] == [None] and rows[-1]["mean"]["frechet"] is None
+
+
+def test_methods_are_named_once(tmp_path):
+  for methods, words in ((["student", "student"], "student,student; name each method once"), ([], "nothing")):
+    with pytest.raises(errors.UserError, match=f"--methods: {words}"):
+      compare.compare(None, tmp_path, methods=methods, calls=[1], seeds=1)
+  assert not list(tmp_path.iterdir())
+
+
 def test_what_is_no_student_is_told_so():
   with pytest.raises(errors.UserError, match="--methods: flow_matching trains no student"):
     compare.passes(tiny.config("teacher"))
