@@ -57,7 +57,7 @@ def sample(flow_map, noise, key, *, nfe, shift=1.0, h=0.0, final_scale=1.0):
     s, key = inputs
     map_key, noise_key = jax.random.split(key)
     times = lambda tau: jnp.full(x.shape[0], tau, x.dtype)
-    x = flow_map(x, times(s["tau"]), times(s["tau_dst"]), map_key)
+    x = flow_map(x, times(s["tau"]), times(s["tau_dst"]), map_key).astype(x.dtype)
     if h > 0:
       x = renoise(x, jax.random.normal(noise_key, x.shape, x.dtype), s["t_next"], s["m"])
     return x, None

@@ -22,14 +22,22 @@ from piflow_jax.data import loader
 from tests import tiny
 
 
-def _steps(config, mesh, n, teacher_workdir=None):
-  """n updates without the loop around them: (state, losses, jitted)."""
+def _steps(config, mesh, n, teacher_workdir=None, spread=0.0):
+  """n updates without the loop around them: (state, losses, jitted).
+
+  The tiny teacher has hardly left its zero velocity: `spread` is added to its weights where losses are to be compared,
+  which would otherwise be rounding themselves.
+  """
   run = build.run(config)
   jitted = train_loop.compile_run(config, mesh, run)
   teacher = None
   if jitted["teacher"] is not None:
     config.teacher.checkpoint = str(teacher_workdir)
     teacher = train_loop.load_teacher(config, jitted["teacher"])
+  if spread:
+    teacher = jax.tree.map(
+        lambda x, s: jax.device_put(x + spread * np.random.default_rng(x.size).standard_normal(x.shape, np.float32), s),
+        jax.device_get(teacher), jax.tree.map(lambda x: x.sharding, teacher))
   key = jax.random.key(config.seed)
   state = jitted["init"](jax.random.fold_in(key, 2**31 - 1), teacher)
   batches = loader.batches(digits.source("train"), batch_size=config.batch_size, seed=config.seed)
@@ -43,22 +51,25 @@ def _steps(config, mesh, n, teacher_workdir=None):
 def _close(a, b, rtol):
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if "qkv" in str(path) and "bias" in str(path):
+      x, y = x[:, ::2], y[:, ::2]  # softmax does not see the keys' bias: Adam makes steps of its rounding
     np.testing.assert_allclose(x, y, rtol=0, atol=rtol * max(np.abs(y).max(), 1e-3), err_msg=str(path))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize("role", ["teacher", "student", "dx", "parallel", "meanflow"])
 def test_one_device_equals_eight(role, tiny_teacher):
   # Window and mixing on, so that every branch of the segment is in the step. Sums run in another order on a mesh; Adam
   # divides by the root of a tiny second moment, which carries float32 rounding of a gradient near zero into a parameter.
   fields = dict(imitation__window_substeps=2, imitation__num_decay_steps=6, flow__nfe=2, optimizer__clip_norm=1.0)
   runs = {}
-  for sizes in ((1, 1), (8, 1), (2, 4)):
+  meshes = ((8, 1), (2, 4)) if role in ("teacher", "student") else ((2, 4),)
+  for sizes in ((1, 1), *meshes):
     devices = jax.devices()[: sizes[0] * sizes[1]]
     mesh = sharding.make_mesh(*sizes, devices=devices)
-    state, losses, _ = _steps(tiny.config(role, **fields), mesh, 5, tiny_teacher)
+    state, losses, _ = _steps(tiny.config(role, **fields), mesh, 5, tiny_teacher, 0.0 if role == "teacher" else 0.1)
     runs[sizes] = jax.device_get((state.params, state.ema)), losses
-  for sizes in ((8, 1), (2, 4)):
+  for sizes in meshes:
     np.testing.assert_allclose(runs[sizes][1], runs[1, 1][1], rtol=2e-5)
     _close(runs[sizes][0], runs[1, 1][0], 2e-4)
 
@@ -71,18 +82,23 @@ def test_parameters_are_stored_in_parts():
     assert "fsdp" in leaves[name].sharding.spec, name
 
 
+_METHODS = [("student", {}), ("student", dict(imitation__data_free=True)), ("dx", {}), ("parallel", {}), ("improved-meanflow", {})]
+
+
 @pytest.mark.slow
-def test_microbatches_equal_one_batch(tiny_teacher):
+@pytest.mark.parametrize("role, fields", _METHODS)
+def test_microbatches_equal_one_batch(role, fields, tiny_teacher):
   # Draws hang on the sample, not on the microbatch it is in.
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  whole, losses, _ = _steps(tiny.config("student"), mesh, 3, tiny_teacher)
-  parts, parts_losses, _ = _steps(tiny.config("student", microbatches=4), mesh, 3, tiny_teacher)
+  whole, losses, _ = _steps(tiny.config(role, **fields), mesh, 3, tiny_teacher, 0.1)
+  parts, parts_losses, _ = _steps(tiny.config(role, microbatches=4, **fields), mesh, 3, tiny_teacher, 0.1)
   np.testing.assert_allclose(parts_losses, losses, rtol=1e-5)
   _close(parts.params, whole.params, 2e-4)
 
 
-def test_the_step_compiles_once(tiny_teacher):
-  _, _, jitted = _steps(tiny.config("student"), sharding.make_mesh(), 4, tiny_teacher)
+@pytest.mark.parametrize("role, fields", [pytest.param(*m, marks=[pytest.mark.slow] if i else []) for i, m in enumerate(_METHODS)])
+def test_the_step_compiles_once(role, fields, tiny_teacher):
+  _, _, jitted = _steps(tiny.config(role, **fields), sharding.make_mesh(), 3, tiny_teacher)
   assert jitted["step"]._cache_size() == 1
 
 

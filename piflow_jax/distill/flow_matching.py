@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from piflow_jax import flow
+from piflow_jax.distill import segments
 
 
 def objective(network, drop_condition, *, shift=1.0, logit_mean=None, logit_std=1.0):
@@ -21,12 +22,12 @@ def objective(network, drop_condition, *, shift=1.0, logit_mean=None, logit_std=
     x_0 = batch["x_0"]
     key_tau, key_noise, key_drop = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys)
     if logit_mean is None:
-      tau = flow.uniform_tau(jax.vmap(jax.random.uniform)(key_tau))
+      tau = flow.uniform_tau(segments.draw_uniform(key_tau))
     else:
-      tau = flow.logit_normal_tau(jax.vmap(jax.random.normal)(key_tau), mean=logit_mean, std=logit_std)
+      tau = flow.logit_normal_tau(segments.draw_noise(key_tau, (len(keys),)), mean=logit_mean, std=logit_std)
     t = flow.warp(tau, shift)
-    noise = jax.vmap(lambda k: jax.random.normal(k, x_0.shape[1:]))(key_noise)
-    cond = drop_condition(batch["cond"], jax.vmap(jax.random.uniform)(key_drop))
+    noise = segments.draw_noise(key_noise, x_0.shape)
+    cond = drop_condition(batch["cond"], segments.draw_uniform(key_drop))
     u = network(params, flow.noise_data(x_0, noise, t), t, cond)
     return jnp.mean((u - (noise - x_0)) ** 2)
 

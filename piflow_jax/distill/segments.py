@@ -25,7 +25,7 @@ def on_data(segment_fn, *, nfe, shift=1.0, final_scale=1.0):
   def loss_fn(params, teacher_params, batch, keys, step):
     x_0 = batch["x_0"]
     key_tau, key_noise, key_segment = jax.vmap(functools.partial(jax.random.split, num=3), out_axes=1)(keys)
-    tau = flow.uniform_tau(jax.vmap(jax.random.uniform)(key_tau))
+    tau = flow.uniform_tau(draw_uniform(key_tau))
     tau_src, segment = flow.segment_source(tau, nfe=nfe, final_scale=final_scale)
     x_src = flow.noise_data(x_0, draw_noise(key_noise, x_0.shape), flow.warp(tau_src, shift))
     return segment_fn(params, teacher_params, x_src, tau_src, segment, batch["cond"], key_segment, step)[0]
