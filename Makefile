@@ -10,10 +10,10 @@ DEVICES ?= $(shell $(PYTHON) -c 'import os; print(max(n for n in (1, 2, 4, 8) if
 CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 JAX_NUM_CPU_DEVICES=$(DEVICES)
 
-.PHONY: demo compare analytic test quick lock clean help
+.PHONY: demo compare analytic test test-torch quick lock clean help
 
 help:  ## what there is to make
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
 .venv/ready: setup.py requirements.lock
 	@test -n "$(PYTHON)" || { echo "error: no python3 found; install Python 3.11 or newer, or say make PYTHON=..." >&2; exit 1; }
@@ -23,6 +23,14 @@ help:  ## what there is to make
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv-torch/ready: setup.py requirements.lock requirements-torch.lock
+	@test -n "$(PYTHON)" || { echo "error: no python3 found; install Python 3.11 or newer, or say make PYTHON=..." >&2; exit 1; }
+	@echo "== environment: the locked packages and PyTorch's into .venv-torch (a few minutes, once)"
+	@test -x .venv-torch/bin/python || $(PYTHON) -m venv .venv-torch
+	@.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock -r requirements-torch.lock
+	@.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: .venv/ready  ## teacher, one-call student, samples and report on real handwritten digits
@@ -44,13 +52,16 @@ analytic: .venv/ready  ## students against an exactly known flow, by their size 
 	@$(CACHE) $(PY) -m piflow_jax.evaluation.analytic --config=configs/gaussians.py --workdir=runs/gaussians $(ARGS)
 
 test: .venv/ready  ## all tests
-	@$(PY) -m pytest -n 2 --dist loadfile -q tests
+	@$(PY) -m pytest -n 2 --dist loadfile -q tests --ignore=tests/parity
+
+test-torch: .venv-torch/ready  ## the tests against PyTorch, in an environment of their own
+	@.venv-torch/bin/python -m pytest -n 2 --dist loadfile -q tests/parity
 
 quick: .venv/ready  ## the tests that take seconds
-	@$(PY) -m pytest -n 2 --dist loadfile -q -m "not slow" tests
+	@$(PY) -m pytest -n 2 --dist loadfile -q -m "not slow" tests --ignore=tests/parity
 
 lock: .venv/ready  ## write what is installed to requirements.lock
 	@$(PY) -m pip freeze --exclude-editable --all --exclude pip > requirements.lock
 
 clean:  ## remove environment, caches and runs
-	rm -rf .venv .jax_cache runs *.egg-info
+	rm -rf .venv .venv-torch .jax_cache runs *.egg-info

@@ -29,13 +29,14 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=13.0.0",
+        "safetensors>=0.8.0",
         "tensorboardX>=2.6.5",
         "tqdm>=4.70.1",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda12]>=0.10.2"],
-        "torch": ["torch>=2.13.0"],
+        "torch": ["torch>=2.13.0"],  # reading .pt files; sampling what was exported
         "eval": EVAL,
         "dev": EVAL + NOTEBOOKS + ["pytest>=9.2.0", "pytest-xdist>=3.8.0"],
     },

@@ -3,7 +3,7 @@
   python -m piflow_jax.main --config=configs/digits.py:teacher --workdir=runs/digits/teacher
   python -m piflow_jax.main --config=configs/digits.py:student --workdir=runs/digits/student
 
-Any field of the config can be set on the command line: --config.batch_size=64 --config.optimizer.learning_rate=1e-4.
+Numbers and texts of the config can be set on the command line: --config.batch_size=64 --config.optimizer.learning_rate=1e-4.
 configs/base.py lists them all. The same command with the same --workdir goes on where it was.
 Exit status: 0 done; 75 stopped by SIGTERM with everything saved, start again; 2 bad input; 3 a loss that is not finite.
 """

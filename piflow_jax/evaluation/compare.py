@@ -197,8 +197,8 @@ def _seconds_per_step(folder):
 
 def _notes(config):
   return [
-      "All students have the teacher's network and, where it has a checkpoint, start from its weights; a row's passes are network passes a sample and "
-      "update (forward 1, backward 2, forward-mode derivative 1; the teacher's counted), and steps are chosen so that "
+      "All students have the teacher's network and, where it has a checkpoint, start from its weights; a row's passes "
+      "are network passes a sample and update (forward 1, backward 2, forward-mode derivative 1; the teacher's counted), and steps are chosen so that "
       "passes times steps is the same for all.",
       "Policies are trained for their number of calls; parallel decoding and MeanFlow are one model for all of them.",
       "Seeds change the training and the noises; the teacher is one and the same.",
