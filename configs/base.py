@@ -28,7 +28,9 @@ def get_config():
   c.network.make = dit.DiT
   c.network.depth, c.network.width, c.network.heads = 12, 768, 12
   c.network.patch = 2  # latent positions along each side of a token
-  c.network.time_scale = 1000.0  # what the noise level is multiplied by: 1 (REPA) or 1000 (FM-DiT)
+  # The time that is embedded, time_offset + time_scale * noise level: scale 1 (REPA) or 1000 (FM-DiT); -1 and 1 for SiT.
+  c.network.time_scale, c.network.time_offset = 1000.0, 0.0
+  c.network.frequency_shift = 0  # 1 for diffusers' own DiT
   c.network.mlp_norm_eps = 1e-5  # 1e-6 in facebookresearch/DiT, SiT and REPA
   c.network.remat = True  # recompute a block's activations in its backward pass
   c.network.unroll = 1  # blocks in one turn of the loop over them; all of them is faster on a CPU, slower to compile

@@ -221,7 +221,7 @@ class _Student(NamedTuple):
 
 def _student(config):
   """The student's trunk and head, which start from the teacher's."""
-  head = _policy_head(config)
+  head = policy_head(config)
   net = _network(config, head)
   shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), *_inputs(config)))["params"]
 
@@ -248,7 +248,7 @@ def _on_data_or_free(config, segment, *, nfe, final_scale=1.0):
   return segments_lib.on_data(segment, nfe=nfe, final_scale=final_scale, shift=shift(config))
 
 
-def _policy_head(config):
+def policy_head(config):
   """The head, given those fields of config.policy that it has, and of its surroundings likewise."""
   flow, make = config.flow, config.policy.make
   if config.policy.segment < 0:

@@ -1,12 +1,16 @@
 """Checkpoints by Orbax: {state, position} out and in, and a teacher's weights in. The only file that knows Orbax."""
 
+import contextlib
+import functools
 import os
 
 from absl import logging
 from etils import epath
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_lib
+from orbax.checkpoint.experimental.v1 import partial
 
 from piflow_jax import errors
 from piflow_jax import params as params_lib
@@ -75,6 +79,40 @@ def load_weights(workdir, abstract_params, which, field):
   Raises:
     errors.UserError: no such run, one that is not a checkpoint of this program, or shapes that do not fit.
   """
+  with _newest(workdir, which, field) as (manager, step, shapes):
+    _check_shapes(params_lib.named_leaves(abstract_params), params_lib.named_leaves(shapes), f"{field}: {str(workdir)!r}")
+    restore_args = ocp.checkpoint_utils.construct_restore_args({which: abstract_params})
+    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
+        {which: abstract_params}, restore_args=restore_args, partial_restore=True)))
+  return restored["state"][which]
+
+
+@contextlib.contextmanager
+def open_weights(workdir, which, field):
+  """The newest weights of a run, to be read leaf by leaf: yields ({path: shape}, read(path) -> numpy array).
+
+  Args:
+    workdir: of that run.
+    which: "ema" or "params".
+    field: as in `load_weights`.
+  Raises:
+    errors.UserError: no checkpoint there, or none of this program.
+  """
+  with _newest(workdir, which, field) as (manager, step, shapes):
+    leaves = params_lib.named_leaves(shapes)
+
+    def read(path):
+      args = ocp.args.PyTreeRestore(
+          {which: _nest(path, jax.ShapeDtypeStruct(leaves[path].shape, leaves[path].dtype))},
+          restore_args={which: _nest(path, ocp.RestoreArgs(restore_type=np.ndarray))}, partial_restore=True)
+      return jax.tree.leaves(manager.restore(step, args=ocp.args.Composite(state=args))["state"][which])[0]
+
+    yield {path: tuple(leaf.shape) for path, leaf in leaves.items()}, read
+
+
+@contextlib.contextmanager
+def _newest(workdir, which, field):
+  """(manager, step, shapes of `which`) of the newest checkpoint of another run."""
   folder = _folder(workdir)
   if not folder.exists():
     raise errors.UserError(f"{field}: no checkpoint in {str(workdir)!r} (no folder {folder}); give a finished run's workdir")
@@ -87,11 +125,46 @@ def load_weights(workdir, abstract_params, which, field):
     except Exception as e:
       raise errors.UserError(f"{field}: {folder}/{step} is not a checkpoint of this program ({type(e).__name__}); "
                              "give the workdir of a training run") from e
-    _check_shapes(params_lib.named_leaves(abstract_params), params_lib.named_leaves(shapes), f"{field}: {str(workdir)!r}")
-    restore_args = ocp.checkpoint_utils.construct_restore_args({which: abstract_params})
-    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
-        {which: abstract_params}, restore_args=restore_args, partial_restore=True)))
-  return restored["state"][which]
+    yield manager, step, shapes
+
+
+_AT_ONCE = 64 << 20  # bytes; one write costs a fifth of a second whatever its size
+
+
+def save_weights(workdir, leaves):
+  """Write weights that come one after the other as the `ema` of a finished run of 0 steps; all of them, or nothing.
+
+  Args:
+    workdir: in which there must be no checkpoint yet.
+    leaves: iterable of (path, array). In memory are those that make up 64 MB, or one that is larger.
+  Raises:
+    errors.UserError: there is a run in workdir.
+  """
+  folder = _folder(workdir)
+  if folder.exists():
+    raise errors.UserError(f"--workdir: {str(workdir)!r} holds checkpoints already; choose another")
+  made = [path for path in (folder, *folder.parents) if not path.exists()]
+  try:
+    folder.mkdir(parents=True)
+    tree, size = {}, 0
+    for path, array in leaves:
+      *parents, name = path.split("/")
+      functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[name] = array
+      size += array.nbytes
+      if size > _AT_ONCE:
+        partial.save(folder / "0", {"ema": tree})
+        tree, size = {}, 0
+    if tree:
+      partial.save(folder / "0", {"ema": tree})
+    partial.finalize(folder / "0")
+  except BaseException:
+    if made:
+      made[-1].rmtree()
+    raise
+
+
+def _nest(path, leaf):
+  return functools.reduce(lambda tree, key: {key: tree}, reversed(path.split("/")), leaf)
 
 
 def _shapes(folder):

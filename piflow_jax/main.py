@@ -60,14 +60,15 @@ def configs_of(holder):
   return config_of
 
 
-def run(main):
+def run(main, required=("config", "workdir")):
   """absl's app.run with bad input told in one line: for every program of the package."""
-  flags.mark_flags_as_required(["config", "workdir"])
+  flags.mark_flags_as_required(required)
 
   def parse(argv):
     try:
       rest = flags.FLAGS(argv)
-      CONFIG.value.seed  # a config file that is missing only says so when it is used
+      if CONFIG.value is not None:
+        CONFIG.value.seed  # a config file that is missing only says so when it is used
       return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
       lines = str(e).strip().splitlines()

@@ -147,7 +147,7 @@ def test_fields_that_do_not_fit_are_named(role, fields, field):
 
 
 def test_the_points_of_dx_lie_on_the_flows_segment():
-  head = lambda **fields: build._policy_head(tiny.config("dx,4", flow__final_scale=0.5, **fields))
+  head = lambda **fields: build.policy_head(tiny.config("dx,4", flow__final_scale=0.5, **fields))
   np.testing.assert_allclose(head().segment, 1 / 3.5)
   assert head(policy__segment=0.7).segment == 0.7 and head(flow__shift=2.0).shift == 2.0
 

@@ -116,7 +116,7 @@ def entries(table, shapes, what):
     raise ValueError(f"a leaf has two rows: {sorted(row.here for row in table)}")
   nameless = sorted(shapes.keys() - rows.keys())
   if nameless:
-    raise errors.UserError(f"{what} has no name for {_listed(nameless)}")
+    raise errors.UserError(f"{what} has no name for {listed(nameless)}")
   found = []
   for path, shape in shapes.items():
     row = rows[path]
@@ -145,18 +145,22 @@ def check(entries_, found, where, ignored=()):
   """
   wanted = {key: entry.shape_there for entry in entries_ for key in entry.keys}
   left_out = {key for key in found.keys() - wanted.keys() if any(re.fullmatch(p, key) for p in ignored)}
-  wrong = [f"missing: {_listed(sorted(wanted.keys() - found.keys()))}"] if wanted.keys() - found.keys() else []
-  unknown = found.keys() - wanted.keys() - left_out
-  wrong += [f"unknown: {_listed(sorted(unknown))}"] if unknown else []
-  misshaped = [f"{key} {tuple(found[key])} instead of {shape}"
-               for key, shape in wanted.items() if key in found and tuple(found[key]) != tuple(shape)]
-  wrong += [f"misshaped: {_listed(misshaped)}"] if misshaped else []
+  wrong = difference(wanted, {key: shape for key, shape in found.items() if key not in left_out})
   if wrong:
-    raise errors.UserError(f"--source: {where} does not fit the config's network; " + "; ".join(wrong))
+    raise errors.UserError(f"--source: {where} does not fit the config's network; {wrong}")
   return sorted(left_out)
 
 
-def _listed(names):
+def difference(expected, found):
+  """What sets two {path: shape} apart, in words."""
+  parts = [f"missing: {listed(sorted(expected.keys() - found.keys()))}"] if expected.keys() - found.keys() else []
+  parts += [f"unknown: {listed(sorted(found.keys() - expected.keys()))}"] if found.keys() - expected.keys() else []
+  misshaped = [f"{name} {tuple(found[name])} instead of {tuple(shape)}"
+               for name, shape in expected.items() if name in found and tuple(found[name]) != tuple(shape)]
+  return "; ".join(parts + ([f"misshaped: {listed(misshaped)}"] if misshaped else []))
+
+
+def listed(names):
   """All names, those that differ in one number alone as "a.0-27.b"."""
   groups = {}
   for name in names:

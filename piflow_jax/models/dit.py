@@ -58,10 +58,16 @@ class Block(nn.Module):
 class DiT(nn.Module):
   """Latents [B, H, W, C], noise level t [B] in [0, 1], class labels [B] -> whatever `head` makes of the tokens.
 
+  Labels [depth + 1, B] are one for each block and one for the output layer: label dropout of pi-Flow's release draws each
+  anew.
+
   Attributes:
     head: module called with (tokens [B, N, D], embedding [B, D], grid (h, w)).
     num_classes: label `num_classes` is the null class of guidance.
-    time_scale: what t is multiplied by before its embedding: 1 (REPA) or 1000 (FM-DiT).
+    time_scale, time_offset: the time that is embedded is time_offset + time_scale t: 1 and 0 (REPA), 1000 and 0 (FM-DiT),
+      -1 and 1 (SiT, whose time is 1 at the data).
+    frequency_shift: 1 where the lowest frequency of the time features is 1 / 10000 (diffusers' DiT), 0 where that would be
+      the next one (facebookresearch/DiT and all that follow it).
     unroll: blocks in one turn of the loop over them: more compile slower, and on a CPU run up to twice as fast.
     two_times: the network is also told where it goes, t_dst [B], by a second embedding of the span t - t_dst (MeanFlow).
     mlp_norm_eps: 1e-6 (facebookresearch/DiT, SiT, REPA) or 1e-5 (the authors' diffusers-based models).
@@ -75,6 +81,8 @@ class DiT(nn.Module):
   mlp_ratio: int = 4
   num_classes: int = 1000
   time_scale: float = 1000.0
+  time_offset: float = 0.0
+  frequency_shift: int = 0
   mlp_norm_eps: float = 1e-5
   remat: bool = True
   unroll: int = 1
@@ -91,21 +99,23 @@ class DiT(nn.Module):
     tokens += layers.sincos_positions(*grid, self.width).astype(self.dtype)[None]
 
     def embed_time(t, name, out_init):
-      features = layers.time_features(t * self.time_scale)
+      features = layers.time_features(t, shift=self.frequency_shift)
       hidden = nn.silu(dense(self.width, kernel_init=normal, name=f"{name}_in")(features))
       return dense(self.width, kernel_init=out_init, name=f"{name}_out")(hidden)
 
-    embedding = embed_time(t, "time", normal)
+    embedding = embed_time(self.time_offset + t * self.time_scale, "time", normal)
     if self.two_times:
       # Zero at first: a network that starts from a teacher says the teacher's velocity for every span.
-      embedding += embed_time(t - t_dst, "span", nn.initializers.zeros_init())
+      embedding += embed_time((t - t_dst) * self.time_scale, "span", nn.initializers.zeros_init())
     table = nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, embedding_init=normal, name="class_embed")
-    embedding += table(labels)
+    embedding += table(labels)  # [B, D], or [depth + 1, B, D]
+    by_block = labels.ndim == 2
+    of_blocks, embedding = (embedding[:-1], embedding[-1]) if by_block else (embedding, embedding)
 
     block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-    scan = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
-                   length=self.depth, unroll=self.unroll)
-    tokens, _ = scan(self.heads, self.mlp_ratio, self.mlp_norm_eps, self.dtype, name="blocks")(tokens, embedding)
+    scan = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
+                   in_axes=0 if by_block else nn.broadcast, length=self.depth, unroll=self.unroll)
+    tokens, _ = scan(self.heads, self.mlp_ratio, self.mlp_norm_eps, self.dtype, name="blocks")(tokens, of_blocks)
 
     zeros = nn.initializers.zeros_init()
     modulation = dense(2 * self.width, kernel_init=zeros, name="adaln_out")(nn.silu(embedding))
@@ -121,5 +131,8 @@ def null_label(labels, num_classes):
 
 
 def drop_labels(labels, uniform, *, rate, num_classes):
-  """Labels [B] with the null class where uniform [B] < rate: what lets one network learn both passes of guidance."""
+  """Labels [B] with the null class where uniform < rate: what lets one network learn both passes of guidance.
+
+  Uniforms [B], or [depth + 1, B] for labels of each block; see `DiT`.
+  """
   return jnp.where(uniform < rate, num_classes, labels)

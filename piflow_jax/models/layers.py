@@ -20,10 +20,10 @@ def sincos_positions(height, width, dim):
   return np.concatenate([table(x.ravel(), dim // 2), table(y.ravel(), dim // 2)], axis=1).astype(np.float32)
 
 
-def time_features(t, dim=256):
-  """Sinusoidal features of a time [B] -> [B, dim], cosine half first (DiT)."""
+def time_features(t, dim=256, *, shift=0):
+  """Sinusoidal features of a time [B] -> [B, dim], cosine half first (DiT), at 10000^(-i / (dim / 2 - shift))."""
   half = dim // 2
-  frequencies = jnp.exp(-np.log(10000) * jnp.arange(half, dtype=jnp.float32) / half)
+  frequencies = jnp.exp(-np.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
   angles = jnp.outer(t.astype(jnp.float32), frequencies)
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

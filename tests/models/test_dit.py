@@ -56,6 +56,15 @@ def test_teacher_gradient_vectors():
   np.testing.assert_allclose(grad_x, golden.nhwc(data["grad_x"]), atol=1e-4)
 
 
+def test_label_dropout_of_each_block_vectors():
+  data, (net, params, _) = golden.load("dit_class_dropout"), _teacher()
+  x, t, labels = _inputs(data)
+  each = dit.drop_labels(labels, jnp.asarray(data["uniform"])[..., 0], rate=float(data["class_dropout_prob"]), num_classes=10)
+  apply = jax.jit(lambda labels: net.apply({"params": params}, x, t, labels))
+  np.testing.assert_allclose(apply(each), golden.nhwc(data["out_train"]), atol=1e-4)
+  np.testing.assert_allclose(apply(labels), golden.nhwc(data["out_eval"]), atol=1e-4)
+
+
 def _gm_net(components=4):
   return dit.DiT(head=gmm.GMHead(components, 4, 2, logstd_width=16), **TINY)
 

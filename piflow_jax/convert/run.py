@@ -1,0 +1,226 @@
+"""Weights from PyTorch and to PyTorch, as functions."""
+
+import functools
+import json
+import pathlib
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import tqdm
+
+from piflow_jax import build
+from piflow_jax import checkpoint
+from piflow_jax import errors
+from piflow_jax import params as params_lib
+from piflow_jax.convert import autoencoder
+from piflow_jax.convert import dit
+from piflow_jax.convert import files
+from piflow_jax.convert import table
+from piflow_jax.models import autoencoder as autoencoder_lib
+
+_SETTINGS = "autoencoder.json"
+
+
+def from_torch(path, workdir, config=None, *, naming=None, dry_run=False):
+  """Make a PyTorch checkpoint the workdir of a finished run, one tensor after the other.
+
+  Args:
+    path: file or folder; see `files.open_source`.
+    workdir: that is made; local or gs://.
+    config: whose network the weights are for, its teacher's or its student's; an autoencoder needs none.
+    naming: name in `dit.NAMINGS`, where the keys do not tell.
+    dry_run: print the mapping, write nothing.
+  Raises:
+    errors.UserError: whatever does not fit, before anything is written.
+  """
+  with files.open_source(path) as source:
+    source = files.without_prefix(source, lambda keys: bool(autoencoder.recognised(keys) or dit.namings_of(keys)))
+    if autoencoder.recognised(source.shapes):
+      return _autoencoder_from_torch(source, workdir, dry_run)
+    _check_config(config)
+    naming = dit.NAMINGS[_naming_of(source, naming)]
+    _check_network(config, naming.says, dit.network_of(source.config) | naming.network)
+    source = _velocity_channels_alone(source, naming, config)
+    role, shapes = _tree_for(config, source, naming)
+    entries = table.entries(naming.rows(config.network.depth, config.network.patch),
+                            {k: v.shape for k, v in params_lib.named_leaves(shapes).items()}, naming.says)
+    left_out = table.check(entries, source.shapes, source.where, (*naming.ignored, *naming.constants))
+    for key in naming.constants:
+      if key in source.shapes:
+        dit.check_positions(source.read(key), config, f"--source: {key}")
+    print(f"{source.where}: {naming.says}; a {role} of {len(source.shapes) - len(left_out)} tensors"
+          + (f"; left out: {table.listed(left_out)}" if left_out else ""), flush=True)
+    _fill_workdir(entries, shapes, source, workdir, dry_run)
+  if not dry_run:
+    print(f"wrote {workdir}; give it as " + ("--config.teacher.checkpoint" if role == "teacher" else "--workdir"))
+
+
+def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32", dry_run=False, max_bytes=5 << 30):
+  """Write the weights of a run as a folder that PyTorch users can load, one tensor after the other.
+
+  Args:
+    workdir: of the run, or one that `from_torch` made.
+    out: folder to make.
+    config: of the run; an autoencoder needs none.
+    naming: name in `dit.NAMINGS` for a teacher; pi-Flow's release by default, and for students.
+    ema: averaged weights, not the last ones.
+    dtype: "float32" or "bfloat16".
+    dry_run: print the mapping, write nothing.
+    max_bytes: of a file.
+  Raises:
+    errors.UserError: whatever does not fit, before anything is written.
+  """
+  with checkpoint.open_weights(workdir, "ema" if ema else "params", "--workdir") as (shapes, read):
+    settings = epath.Path(workdir) / _SETTINGS
+    if settings.exists():
+      known = json.loads(settings.read_text())
+      entries = table.entries(autoencoder.rows(known["settings"], None), shapes, "diffusers' AutoencoderKL")
+      about, policy, constants, beside = autoencoder.diffusers_config(known["settings"], known["scales"]), None, {}, ()
+    else:
+      _check_config(config)
+      entries, about, policy, constants, beside = _network_to_torch(config, shapes, naming or "release", workdir)
+    if dry_run:
+      return _print_mapping(entries, "->")
+    written = files.write(
+        out, _tensors(entries, read, constants, dtype, out), config=about, beside=beside, max_bytes=max_bytes,
+        metadata={"policy_config": json.dumps(policy)} if policy else {})
+    print(f"wrote {out}: {', '.join(written)}")
+
+
+def _network_to_torch(config, shapes, name, workdir):
+  """(entries, config.json, policy_config or None, constants, files beside) of a network whose leaves have `shapes`."""
+  teacher = {k: v.shape for k, v in params_lib.named_leaves(build.teacher_shapes(config)).items()}
+  student = _has_policy(config) and shapes.get("head/out/kernel") != teacher["head/out/kernel"]
+  if student and name != "release":
+    raise errors.UserError(f"--format: {name} has no names for a student's head; leave it out")
+  naming, policy = dit.NAMINGS[name], dit.policy_config(build.policy_head(config)) if student else None
+  _check_network(config, naming.says, naming.network)
+  expected = {k: v.shape for k, v in params_lib.named_leaves(_student_shapes(config)).items()} if student else teacher
+  if expected != shapes:
+    raise errors.UserError(f"--workdir: {str(workdir)!r} does not fit the config's network: "
+                           f"{table.difference(expected, shapes)}; give the config that it was trained with")
+  entries = table.entries(naming.rows(config.network.depth, config.network.patch), shapes, naming.says)
+  constants = {key: dit.positions(config) for key in naming.constants}
+  beside = [pathlib.Path(__file__).with_name("piflow_torch.py")] if name == "release" else []
+  return entries, dit.model_config(config, name, policy, float(build.shift(config))), policy, constants, beside
+
+
+def _tensors(entries, read, constants, dtype, out):
+  dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+  leaf = functools.lru_cache(1)(read)  # the layers of a leaf come one after the other
+  for entry in tqdm.tqdm(entries, unit="tensor", desc=str(out)):
+    array = leaf(entry.path)
+    for key, tensor in entry.to_there(array if entry.layer is None else array[entry.layer]):
+      yield key, tensor.astype(dtype)
+  for key, tensor in constants.items():
+    yield key, tensor.astype(dtype)
+
+
+def _autoencoder_from_torch(source, workdir, dry_run):
+  if not source.config:
+    raise errors.UserError(f"--source: no config.json beside {source.where}; an autoencoder's settings are read from it")
+  settings, scales = autoencoder_lib.settings_of(source.config)
+  net = autoencoder_lib.Autoencoder(**settings)
+  size = 2 ** (len(settings["widths"]) - 1)
+  shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, size, size, settings["channels"]))))["params"]
+  entries = table.entries(autoencoder.rows(settings, source.shapes),
+                          {k: v.shape for k, v in params_lib.named_leaves(shapes).items()}, "diffusers' AutoencoderKL")
+  table.check(entries, source.shapes, source.where)
+  print(f"{source.where}: diffusers' AutoencoderKL of {len(source.shapes)} tensors", flush=True)
+  _fill_workdir(entries, shapes, source, workdir, dry_run)
+  if not dry_run:
+    (epath.Path(workdir) / _SETTINGS).write_text(json.dumps({"settings": settings, "scales": scales}))
+    print(f"wrote {workdir}")
+
+
+def _fill_workdir(entries, shapes, source, workdir, dry_run):
+  if dry_run:
+    return _print_mapping(entries, "<-")
+
+  def leaves():
+    with tqdm.tqdm(total=len(entries), unit="tensor", desc=str(workdir)) as bar:
+      for path, shape in params_lib.named_leaves(shapes).items():
+        leaf = np.empty(shape.shape, shape.dtype)
+        for entry in (e for e in entries if e.path == path):
+          leaf[() if entry.layer is None else entry.layer] = entry.to_here(source.read)
+          bar.update()
+        yield path, leaf
+
+  checkpoint.save_weights(workdir, leaves())
+
+
+def _print_mapping(entries, arrow):
+  for entry in entries:
+    here = entry.path if entry.layer is None else f"{entry.path}[{entry.layer}]"
+    print(f"{here} {entry.shape} {arrow} {', '.join(entry.keys)} {entry.shape_there}")
+
+
+def _check_config(config):
+  if config is None:
+    raise errors.UserError("--config: missing; give the config whose network the weights are for")
+  build.run(config)  # fields that do not fit one another are told now
+
+
+def _has_policy(config):
+  return config.method not in (build.flow_matching, build.meanflow)
+
+
+def _naming_of(source, given):
+  found = dit.namings_of(source.shapes)
+  if not found:
+    some = ", ".join(list(source.shapes)[:3])
+    raise errors.UserError(f"--source: {source.where} is of no naming that is known here (keys like {some}); known are "
+                           + "; ".join(n.says for n in dit.NAMINGS.values()))
+  if given:
+    if given not in found:
+      raise errors.UserError(f"--format: {given}, but the keys of {source.where} are those of {', '.join(found)}")
+    return given
+  if len(found) > 1:
+    raise errors.UserError(f"--format: missing; the keys of {source.where} are those of {', '.join(found)} alike, and their "
+                           "time and velocity differ (" + "; ".join(f"{n}: {dit.NAMINGS[n].says}" for n in found) + ")")
+  return found[0]
+
+
+def _check_network(config, what, fields):
+  """Fields of the network that no shape tells. Raises errors.UserError."""
+  wrong = [f"config.network.{k} is {config.network[k]}, set {v}" for k, v in fields.items() if config.network[k] != v]
+  if wrong:
+    raise errors.UserError(f"--config: for {what}: {'; '.join(wrong)}")
+
+
+def _velocity_channels_alone(source, naming, config):
+  """The source without the rows of its output layer that no velocity needs."""
+  keys = (naming.output, naming.output.replace("weight", "bias"))
+  channels, patch = config.data.shape[-1], config.network.patch
+  stored = dit.first_channels(source.shapes.get(naming.output, (0,)), channels, patch)
+  is_students = source.shapes.get(naming.output) == _rows_of_student(config)
+  if not stored or is_students or any(key not in source.shapes for key in keys):
+    return source
+  print(f"{naming.output}: {stored} channels a position, of which the first {channels} are the velocity", flush=True)
+  cut = lambda shape: (patch**2 * channels, *shape[1:])
+  read = lambda key: dit.cut_channels(source.read(key), stored, channels) if key in keys else source.read(key)
+  return source._replace(shapes=source.shapes | {key: cut(source.shapes[key]) for key in keys}, read=read)
+
+
+def _rows_of_student(config):
+  """Shape of the weight of a student's output layer, if it is one layer of many velocities."""
+  if not _has_policy(config):
+    return None
+  out = params_lib.named_leaves(_student_shapes(config)).get("head/out/kernel")
+  return None if out is None else (int(np.prod(out.shape[1:])), out.shape[0])
+
+
+def _tree_for(config, source, naming):
+  """("teacher" or "student", tree of shapes): whose output layers the file has."""
+  if source.shapes.get(naming.output, ()) == _rows_of_student(config) or "proj_out_means.weight" in source.shapes:
+    if not _has_policy(config):
+      raise errors.UserError(f"--config: {source.where} is a student; give a student's config")
+    return "student", _student_shapes(config)
+  return "teacher", build.teacher_shapes(config)
+
+
+def _student_shapes(config):
+  return jax.eval_shape(build.run(config).init, jax.random.key(0), build.teacher_shapes(config))

@@ -1,0 +1,147 @@
+"""The autoencoder against diffusers' AutoencoderKL with the same random weights (float32)."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from safetensors.numpy import save_file
+
+from piflow_jax import checkpoint
+from piflow_jax import errors
+from piflow_jax import params as params_lib
+from piflow_jax.convert import autoencoder as names
+from piflow_jax.convert import run
+from piflow_jax.convert import table
+from piflow_jax.models import autoencoder
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+SD = dict(latent_channels=4, scaling_factor=0.18215)
+FLUX = dict(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+
+
+def _theirs(widths=(32, 64), **fields):
+  """Their model, every tensor re-drawn: fresh, its norms have scale 1 and no bias."""
+  levels = len(widths)
+  model = diffusers.AutoencoderKL(
+      block_out_channels=widths, down_block_types=["DownEncoderBlock2D"] * levels,
+      up_block_types=["UpDecoderBlock2D"] * levels, layers_per_block=2, norm_num_groups=8, **fields).eval()
+  generator = torch.Generator().manual_seed(0)
+  draw = lambda w: torch.randn(w.shape, generator=generator) * (0.3 if w.ndim < 2 else w[0].numel() ** -0.5)
+  model.load_state_dict({name: draw(w) + ("norm" in name and name.endswith("weight")) for name, w in model.state_dict().items()})
+  return model
+
+
+def _converted(folder, tmp_path):
+  """(our model, its weights, scales) of a folder, through the converter."""
+  run.from_torch(folder, tmp_path / "run")
+  settings, scales = autoencoder.settings_of(json.loads((folder / "config.json").read_text()))
+  net = autoencoder.Autoencoder(**settings)
+  shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3))))["params"]
+  with checkpoint.open_weights(tmp_path / "run", "ema", "--workdir") as (_, read):
+    return net, params_lib.map_with_path(lambda path, _: jnp.asarray(read(path)), shapes), scales
+
+
+def _close(got, want, rtol):
+  want = want.detach().numpy().transpose(0, 2, 3, 1)
+  np.testing.assert_allclose(got, want, atol=rtol * np.abs(want).max())
+
+
+@pytest.mark.parametrize("fields", [SD, FLUX, SD | dict(mid_block_add_attention=False)])
+def test_encodes_and_decodes_like_the_original(fields, tmp_path):
+  model = _theirs(**fields)
+  model.save_pretrained(tmp_path / "theirs")
+  net, params, scales = _converted(tmp_path / "theirs", tmp_path)
+  assert scales == dict(scaling_factor=fields["scaling_factor"], shift_factor=fields.get("shift_factor", 0.0))
+  images = np.random.default_rng(0).uniform(-1, 1, (2, 24, 16, 3)).astype(np.float32)  # not square
+  with torch.no_grad():
+    theirs = model.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latent_dist
+    mean, logvar = jax.jit(lambda p: net.apply({"params": p}, images, method="encode"))(params)
+    _close(mean, theirs.mean, 1e-4)
+    _close(logvar, theirs.logvar, 1e-4)
+    assert mean.shape == (2, 12, 8, fields["latent_channels"])
+    decoded = jax.jit(lambda p: net.apply({"params": p}, mean, method="decode"))(params)
+    _close(decoded, model.decode(theirs.mean).sample, 1e-4)
+  latents = autoencoder.to_latents(mean, **scales)
+  np.testing.assert_allclose(latents, (mean - scales["shift_factor"]) * fields["scaling_factor"], rtol=1e-6)
+  np.testing.assert_allclose(autoencoder.from_latents(latents, **scales), mean, atol=1e-5)
+
+  # And back: the same tensors, a folder that diffusers loads.
+  run.to_torch(tmp_path / "run", tmp_path / "ours")
+  loaded = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours")
+  for (name, want), got in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+    assert torch.equal(want, got), name
+  assert loaded.config.scaling_factor == fields["scaling_factor"]
+
+
+def test_parts_to_a_layers_tolerance():
+  model = _theirs(**SD)
+  state = {name: w.numpy() for name, w in model.state_dict().items()}
+  x = np.random.default_rng(1).standard_normal((2, 6, 4, 64)).astype(np.float32)
+  there = torch.tensor(x.transpose(0, 3, 1, 2))
+  rows = {row.here: row for row in names.rows(dict(widths=(32, 64), layers_per_block=2))}
+
+  def part(module, prefix):
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x))["params"]
+    params = params_lib.map_with_path(lambda path, leaf: rows[f"{prefix}/{path}"].transform.here(
+        state[rows[f"{prefix}/{path}"].there[0]], leaf.shape), shapes)
+    return module.apply({"params": params}, x)
+
+  middle = model.decoder.mid_block
+  _close(part(autoencoder.Resnet(64, 8, jnp.float32), "decoder/middle/resnet_0"), middle.resnets[0](there, None), 1e-5)
+  _close(part(autoencoder.Attention(8, jnp.float32), "decoder/middle/attention"), middle.attentions[0](there), 1e-5)
+
+
+@pytest.mark.parametrize("pixel", [False, True])
+def test_names_from_before_2023(pixel, tmp_path):
+  model = _theirs(**SD)
+  model.save_pretrained(tmp_path / "theirs")
+  path = tmp_path / "theirs" / "diffusion_pytorch_model.safetensors"
+  old = {}
+  for name, w in load_file(path).items():
+    for new, before in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+      if f".{new}." in name:
+        name = name.replace(new, before)
+        w = w[..., None, None] if pixel and w.ndim == 2 else w
+    old[name] = w
+  assert "encoder.mid_block.attentions.0.query.weight" in old
+  save_file(old, path)
+  _, params, _ = _converted(tmp_path / "theirs", tmp_path)
+  kernel = model.encoder.mid_block.attentions[0].to_k.weight.detach().numpy()
+  np.testing.assert_array_equal(params["encoder"]["middle"]["attention"]["k"]["kernel"], kernel.T)
+
+
+@pytest.mark.parametrize("fields", [SD, FLUX])
+def test_every_tensor_of_the_published_models_has_its_place(fields):
+  widths = (128, 256, 512, 512)
+  with torch.device("meta"):
+    model = diffusers.AutoencoderKL(
+        block_out_channels=widths, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=2, norm_num_groups=32, **fields)
+  settings, _ = autoencoder.settings_of(dict(model.config))
+  net = autoencoder.Autoencoder(**settings)
+  shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))))["params"]
+  entries = table.entries(names.rows(settings), {k: v.shape for k, v in params_lib.named_leaves(shapes).items()}, "SD")
+  assert table.check(entries, {k: tuple(v.shape) for k, v in model.state_dict().items()}, "SD") == []
+
+
+def test_what_does_not_fit_is_told(tmp_path):
+  model = _theirs(**SD)
+  model.save_pretrained(tmp_path / "theirs")
+  path, about = tmp_path / "theirs" / "diffusion_pytorch_model.safetensors", tmp_path / "theirs" / "config.json"
+  state = load_file(path)
+  save_file({k: v for k, v in state.items() if k != "quant_conv.bias"} | {"odd": np.zeros(1)}, path)
+  with pytest.raises(errors.UserError, match="missing: quant_conv.bias; unknown: odd"):
+    run.from_torch(tmp_path / "theirs", tmp_path / "run")
+  config = json.loads(about.read_text())
+  about.write_text(json.dumps(config | {"act_fn": "gelu"}))
+  with pytest.raises(errors.UserError, match="act_fn is gelu; only silu"):
+    run.from_torch(tmp_path / "theirs", tmp_path / "run")
+  about.unlink()
+  with pytest.raises(errors.UserError, match="no config.json beside"):
+    run.from_torch(tmp_path / "theirs", tmp_path / "run")
+  assert not (tmp_path / "run").exists()
