@@ -108,8 +108,8 @@ class DiT(nn.Module):
       # Zero at first: a network that starts from a teacher says the teacher's velocity for every span.
       embedding += embed_time((t - t_dst) * self.time_scale, "span", nn.initializers.zeros_init())
     table = nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, embedding_init=normal, name="class_embed")
-    embedding += table(labels)  # [B, D], or [depth + 1, B, D]
     by_block = labels.ndim == 2
+    embedding = (embedding[None] if by_block else embedding) + table(labels)  # [B, D], or [depth + 1, B, D]
     of_blocks, embedding = (embedding[:-1], embedding[-1]) if by_block else (embedding, embedding)
 
     block = nn.remat(Block, prevent_cse=False) if self.remat else Block
