@@ -121,7 +121,12 @@ def _newest(workdir, which, field):
     if step is None:
       raise errors.UserError(f"{field}: no finished checkpoint in {str(workdir)!r}; let that run save one first")
     try:
-      shapes = _shapes(folder / str(step) / "state")[which]
+      shapes = _shapes(folder / str(step) / "state")
+      if which not in shapes and "ema" in shapes:
+        raise errors.UserError(f"{field}: {str(workdir)!r} holds averaged weights alone, no {which!r}")
+      shapes = shapes[which]
+    except errors.UserError:
+      raise
     except Exception as e:
       raise errors.UserError(f"{field}: {folder}/{step} is not a checkpoint of this program ({type(e).__name__}); "
                              "give the workdir of a training run") from e

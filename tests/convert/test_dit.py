@@ -229,6 +229,8 @@ def test_weights_do_not_go_over_a_run_that_is_there(tmp_path):
   run.from_torch(tmp_path / "model.safetensors", tmp_path / "run", config)
   with pytest.raises(errors.UserError, match="holds checkpoints already"):
     run.from_torch(tmp_path / "model.safetensors", tmp_path / "run", config)
+  with pytest.raises(errors.UserError, match="holds averaged weights alone, no 'params'"):
+    run.to_torch(tmp_path / "run", tmp_path / "out", config, ema=False)
 
 
 @pytest.mark.parametrize("change, head, network, words", [
