@@ -95,6 +95,7 @@ def get_config():
   c.optimizer.schedule = "constant"  # or "cosine", to 0 at the last step
   c.optimizer.b1, c.optimizer.b2 = 0.9, 0.95
   c.optimizer.weight_decay = 0.0
+  c.optimizer.moments = "float32"  # or "bfloat16": the first ones in it; "int8": both in a byte each, block by block
   c.optimizer.clip_norm = 50.0  # global norm; active once the warm-up is over
 
   c.ema = ConfigDict()
@@ -102,7 +103,9 @@ def get_config():
   c.ema.start = 400  # n counts from here; before, the average is a copy
 
   c.mesh = ConfigDict()
-  c.mesh.data, c.mesh.fsdp = -1, 1  # devices along each axis; -1 infers one
+  # Devices along each axis; -1 infers one of data, fsdp, tensor. Samples are split over slices, data and fsdp, parameters
+  # over fsdp and (by heads and hidden units) tensor.
+  c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.mesh.slices = -1, 1, 1, 1
 
   c.sampling = ConfigDict()  # the pictures drawn during training, and evaluation
   c.sampling.nfe = 1  # network calls: steps of a teacher, segments of a student

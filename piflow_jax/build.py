@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from piflow_jax import adam8
 from piflow_jax import errors
 from piflow_jax import flow as flow_lib
 from piflow_jax import params as params_lib
@@ -183,7 +184,7 @@ def shift(config):
 
 def sharding_rules(config):
   """(path pattern, axes) rules of the config's networks."""
-  return dit.SHARDING + ((("means|logweights", ()),) if config.teacher.mixture else ())
+  return adam8.SHARDING + dit.SHARDING + ((("means|logweights", ()),) if config.teacher.mixture else ())
 
 
 def optimizer(config, steps):
@@ -198,7 +199,13 @@ def optimizer(config, steps):
   rate = optax.join_schedules([warmup, main], [config.warmup_steps])
   clip = optax.conditionally_transform(
       optax.clip_by_global_norm(config.clip_norm), lambda step, **_: step >= config.warmup_steps)
-  adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+  options = dict(b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+  if config.moments == "int8":
+    adamw = adam8.adamw8(rate, **options)
+  elif config.moments in ("float32", "bfloat16"):
+    adamw = optax.adamw(rate, mu_dtype=config.moments, **options)
+  else:
+    raise errors.UserError(f'config.optimizer.moments: {config.moments!r} is none of "float32", "bfloat16", "int8"')
   return optax.chain(clip, adamw), rate
 
 

@@ -5,15 +5,18 @@
 
 Numbers and texts of the config can be set on the command line: --config.batch_size=64 --config.optimizer.learning_rate=1e-4.
 configs/base.py lists them all. The same command with the same --workdir goes on where it was.
-Exit status: 0 done; 75 stopped by SIGTERM with everything saved, start again; 2 bad input; 3 a loss that is not finite.
+On several hosts every one runs the same command with --distributed=auto (launch/ has scripts that do).
+Exit status: 0 done; 75 stopped by SIGTERM with everything saved, or another process is gone, start again; 2 bad input; 3 a loss that is not finite.
 """
 
 import importlib.util
+import os
 import sys
 
 from absl import app
 from absl import flags
 from absl import logging
+import jax
 from ml_collections import config_flags
 
 from piflow_jax import errors
@@ -21,11 +24,29 @@ from piflow_jax import train_loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py:student.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder (or gs:// path) of this run: checkpoints, metrics, pictures.")
+DISTRIBUTED = flags.DEFINE_string(
+    "distributed", None, "Join the processes of a TPU pod, of SLURM or the like: auto. Or say HOST:PORT,INDEX,COUNT.")
+_HEARTBEAT = 60  # seconds without a sign of life after which a process is taken for dead
 
 
 def _main(argv):
   del argv
   return train_loop.train(CONFIG.value, WORKDIR.value)
+
+
+def join(how):
+  """Make this process one of several; before anything touches a device. Raises errors.UserError."""
+  if how == "auto":
+    where = {}
+  else:
+    address, *numbers = how.split(",")
+    if len(numbers) != 2 or not all(n.isdigit() for n in numbers) or int(numbers[0]) >= int(numbers[1]) or ":" not in address:
+      raise errors.UserError(f"--distributed: {how!r} is neither auto nor HOST:PORT,INDEX,COUNT with INDEX below COUNT")
+    where = dict(coordinator_address=address, process_id=int(numbers[0]), num_processes=int(numbers[1]))
+  try:
+    jax.distributed.initialize(**where, heartbeat_timeout_seconds=_HEARTBEAT)
+  except (RuntimeError, ValueError) as e:
+    raise errors.UserError(f"--distributed: {how}: {str(e).splitlines()[0]}") from e
 
 
 def whole_numbers(flag):
@@ -83,7 +104,12 @@ def run(main, required=("config", "workdir")):
     try:
       if len(argv) > 1:
         raise errors.UserError(f"{argv[1]}: not understood; options are written --name=value")
+      if DISTRIBUTED.value:
+        join(DISTRIBUTED.value)
       sys.exit(main(argv))
+    except errors.ProcessLost as e:
+      print(f"error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+      os._exit(75)  # an orderly exit would wait for the one that is gone
     except errors.UserError as e:
       _fail(2, e)
     except errors.NotFinite as e:

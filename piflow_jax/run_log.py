@@ -34,8 +34,8 @@ def flat_config(config):
   return flat
 
 
-def claim(workdir, config):
-  """Make the workdir this config's, or find that it already is.
+def claim(workdir, config, write=True):
+  """Make the workdir this config's, or find that it already is; only one process is to `write`.
 
   Raises:
     errors.UserError: it cannot be written, or belongs to a run of another config.
@@ -46,9 +46,10 @@ def claim(workdir, config):
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
       _compare(json.loads(path.read_text()), flat, workdir)
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(flat, indent=1))
-    temporary.replace(path)
+    if write:
+      temporary = folder / "config.json.tmp"
+      temporary.write_text(json.dumps(flat, indent=1))
+      temporary.replace(path)
   except (OSError, NotImplementedError) as e:
     raise errors.UserError(f"--workdir: cannot write to {str(workdir)!r} ({e}); choose a folder that you may write") from e
   except json.JSONDecodeError as e:

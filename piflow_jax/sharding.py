@@ -3,6 +3,7 @@
 import re
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -10,25 +11,46 @@ import numpy as np
 from piflow_jax import errors
 from piflow_jax import params as params_lib
 
-AXES = ("data", "fsdp")
-BATCH = P(AXES)  # samples are split over every device; parameters over `fsdp` only
+# Slices are joined by the data-centre network, which only gradients cross; `tensor` splits layers, not samples.
+AXES = ("slice", "data", "fsdp", "tensor")
+SAMPLES = AXES[:3]
+BATCH = P(SAMPLES)  # samples are split over all of these; parameters over `fsdp` and `tensor` only
 
 
-def make_mesh(data=-1, fsdp=1, devices=None):
-  """A (data, fsdp) mesh of all devices; one of the sizes may be -1.
+def make_mesh(data=-1, fsdp=1, tensor=1, slices=1, devices=None):
+  """A (slice, data, fsdp, tensor) mesh of all devices; one of data, fsdp, tensor may be -1.
 
   Raises:
-    errors.UserError: sizes whose product is not the number of devices.
+    errors.UserError: sizes whose product is not the number of devices, or slices that are not there.
   """
   devices = jax.devices() if devices is None else devices
-  sizes, n = [data, fsdp], len(devices)
-  known = int(np.prod([s for s in sizes if s != -1]))
+  sizes, n = [data, fsdp, tensor], len(devices)
+  told = f"config.mesh: slices={slices} x data={data} x fsdp={fsdp} x tensor={tensor}"
+  known = slices * int(np.prod([s for s in sizes if s != -1]))
   if sizes.count(-1) == 1 and known > 0 and n % known == 0:
     sizes[sizes.index(-1)] = n // known
-  if min(sizes) < 1 or sizes[0] * sizes[1] != n:
-    raise errors.UserError(
-        f"config.mesh: data={data} x fsdp={fsdp} does not make {n} devices; set one of them to -1 to infer it")
-  return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices)
+  if min(slices, *sizes) < 1 or slices * int(np.prod(sizes)) != n:
+    raise errors.UserError(f"{told} does not make {n} devices; set one of data, fsdp, tensor to -1 to infer it")
+  there = len({getattr(device, "slice_index", 0) for device in devices})
+  if there > 1:
+    if slices != there:
+      raise errors.UserError(f"{told}, but the devices are {there} slices; set slices={there}")
+    grid = mesh_utils.create_hybrid_device_mesh((1, *sizes), (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+  else:
+    # One slice may be taken for several: how a laptop's devices stand in for a pod's.
+    grid = mesh_utils.create_device_mesh((slices, *sizes), devices, allow_split_physical_axes=True)
+  return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def sample_parts(mesh):
+  """Into how many parts a mesh splits a batch."""
+  return int(np.prod([mesh.shape[axis] for axis in SAMPLES]))
+
+
+def constrain(x, *spec):
+  """x laid out over the mesh that is being traced under as `spec` says of its axes; x itself where there is none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(*spec))
 
 
 def shardings(tree, rules, mesh):

@@ -100,6 +100,15 @@ def compile_run(config, mesh, run):
     return sampler.sample(run.flow_map(params, teacher_params, cond, c.nfe), noise, key, nfe=c.nfe, h=c.h,
                           shift=build.shift(config), final_scale=config.flow.final_scale)
 
+  def under_mesh(f):
+    @functools.wraps(f)
+    def traced(*args):
+      with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return f(*args)
+
+    return traced
+
+  step, evaluate, draw = under_mesh(step), under_mesh(evaluate), under_mesh(draw)
   return dict(
       init=jax.jit(init, out_shardings=spots(state)),
       step=jax.jit(step, donate_argnums=0, in_shardings=(spots(state), spots(teacher), split, everywhere),
@@ -127,7 +136,7 @@ def train(config, workdir):
   teacher_params = None
   if jitted["teacher"] is not None:
     teacher_params = load_teacher(config, jitted["teacher"])
-  run_log.claim(workdir, config)
+  run_log.claim(workdir, config, write=jax.process_index() == 0)
 
   key = jax.random.key(config.seed)
   with checkpoint.open_manager(workdir, keep=config.keep_checkpoints, keep_every=config.keep_every) as manager:
@@ -136,11 +145,11 @@ def train(config, workdir):
       start, position = 0, {"batches": 0, "seconds": 0.0}
       state = jitted["init"](jax.random.fold_in(key, 2**31 - 1), teacher_params)
       logging.info("\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False))
-      print(f"{workdir}: {build.describe_parameters(state.params, run.teacher_shapes)}", flush=True)
+      _say(f"{workdir}: {build.describe_parameters(state.params, run.teacher_shapes)}")
     else:
       start, state, position = found
       what = "going on from" if start < config.steps else "finished before, at"
-      print(f"{workdir}: {what} step {start} of {config.steps}", flush=True)
+      _say(f"{workdir}: {what} step {start} of {config.steps}")
     if start >= config.steps:
       return 0
     batches = loader.batches(records, batch_size=config.batch_size, seed=config.seed, start=position["batches"])
@@ -149,9 +158,20 @@ def train(config, workdir):
     try:
       return _loop(config, workdir, jitted, manager, log, watch, batches, mesh, key, state, teacher_params, start,
                    position["seconds"])
+    except jax.errors.JaxRuntimeError as e:
+      if jax.process_count() == 1:
+        raise
+      raise errors.ProcessLost(
+          f"{workdir}: one of {jax.process_count()} processes is gone; start all of them again, they go on from step "
+          f"{manager.latest_step()} ({str(e).splitlines()[0][:200]})") from e
     finally:
       if log:
         log.close()
+
+
+def _say(text):
+  if jax.process_index() == 0:
+    print(text, flush=True)
 
 
 def _loop(config, workdir, jitted, manager, log, watch, batches, mesh, key, state, teacher_params, start, seconds_before):
@@ -247,19 +267,25 @@ def load_teacher(config, shapes):
 
 
 def _check_batch(config, mesh):
-  parts = mesh.size * config.microbatches
+  parts = sharding.sample_parts(mesh) * config.microbatches
   if config.microbatches < 1 or config.batch_size < 1 or config.batch_size % parts:
     raise errors.UserError(
-        f"config.batch_size: {config.batch_size} does not divide over {mesh.size} devices x {config.microbatches} "
+        f"config.batch_size: {config.batch_size} does not divide over {parts // config.microbatches} parts of the mesh x {config.microbatches} "
         f"microbatches; choose a multiple of {parts}")
 
 
 class _catch_sigterm(list):
-  """A list that SIGTERM adds to: the loop ends at the next step's border, not in the middle of one."""
+  """A list that SIGTERM adds to: the loop ends at the next step's border, not in the middle of one.
+
+  Of several processes only one may be told; then it is JAX's to tell all of them, by `reached_preemption`.
+  """
 
   def __enter__(self):
-    self._before = signal.signal(signal.SIGTERM, lambda *_: self.append(True))
+    self._before = None
+    if not jax.distributed.is_initialized():
+      self._before = signal.signal(signal.SIGTERM, lambda *_: self.append(True))
     return self
 
   def __exit__(self, *_):
-    signal.signal(signal.SIGTERM, self._before)
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)

@@ -15,11 +15,12 @@ def _tree(**leaves):
 
 
 def test_a_size_of_minus_one_is_inferred():
-  assert dict(sharding.make_mesh(-1, 2).shape) == {"data": 4, "fsdp": 2}
-  assert dict(sharding.make_mesh(1, -1).shape) == {"data": 1, "fsdp": 8}
+  assert dict(sharding.make_mesh(-1, 2).shape) == {"slice": 1, "data": 4, "fsdp": 2, "tensor": 1}
+  assert dict(sharding.make_mesh(2, 1, -1, 2).shape) == {"slice": 2, "data": 2, "fsdp": 1, "tensor": 2}
+  assert dict(sharding.make_mesh(1, -1).shape) == {"slice": 1, "data": 1, "fsdp": 8, "tensor": 1}
 
 
-@pytest.mark.parametrize("sizes", [(3, 1), (-1, 3), (-1, -1), (0, 8), (16, 1)])
+@pytest.mark.parametrize("sizes", [(3, 1), (-1, 3), (-1, -1), (0, 8), (16, 1), (2, 2, 1), (-1, 1, 3), (-1, 1, 1, 3), (4, 1, 1, 0)])
 def test_sizes_that_do_not_fit_are_named(sizes):
   with pytest.raises(errors.UserError, match="config.mesh"):
     sharding.make_mesh(*sizes)
@@ -47,3 +48,18 @@ def test_a_batch_lies_split_over_all_devices():
   placed = sharding.place_batch({"x_0": x}, sharding.make_mesh(2, 4))["x_0"]
   np.testing.assert_array_equal(placed, x)
   assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 1)}
+
+
+def test_tensor_splits_layers_and_not_samples():
+  mesh = sharding.make_mesh(2, 2, 2)
+  placed = sharding.place_batch({"x_0": np.arange(16.0).reshape(8, 2)}, mesh)["x_0"]
+  assert sharding.sample_parts(mesh) == 4 and {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}
+
+
+def test_layouts_are_asked_for_where_there_is_a_mesh():
+  x = jnp.zeros((8, 2))
+  assert sharding.constrain(x, sharding.SAMPLES) is x
+  mesh = sharding.make_mesh(2, 4)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    text = jax.jit(lambda x: sharding.constrain(x * 2, sharding.SAMPLES)).lower(x).as_text()
+  assert "sharding_constraint" in text

@@ -1,6 +1,7 @@
 """The step and the loop around it: same numbers on any mesh, in any number of parts, through any interruption."""
 
 import functools
+import math
 import pathlib
 import shutil
 import signal
@@ -56,6 +57,10 @@ def _close(a, b, rtol):
     np.testing.assert_allclose(x, y, rtol=0, atol=rtol * max(np.abs(y).max(), 1e-3), err_msg=str(path))
 
 
+# (data, fsdp, tensor, slices) of 8 devices; the tiny network's two heads are split at most in two.
+_MESHES = ((8, 1), (1, 8), (2, 2, 2), (4, 1, 2), (1, 2, 2, 2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["teacher", "student", "dx", "parallel", "meanflow"])
 def test_one_device_equals_eight(role, tiny_teacher):
@@ -63,15 +68,31 @@ def test_one_device_equals_eight(role, tiny_teacher):
   # divides by the root of a tiny second moment, which carries float32 rounding of a gradient near zero into a parameter.
   fields = dict(imitation__window_substeps=2, imitation__num_decay_steps=6, flow__nfe=2, optimizer__clip_norm=1.0)
   runs = {}
-  meshes = ((8, 1), (2, 4)) if role in ("teacher", "student") else ((2, 4),)
+  meshes = _MESHES if role == "student" else ((8, 1),) if role == "teacher" else ((2, 4),)
   for sizes in ((1, 1), *meshes):
-    devices = jax.devices()[: sizes[0] * sizes[1]]
+    devices = jax.devices()[: math.prod(sizes)]
     mesh = sharding.make_mesh(*sizes, devices=devices)
     state, losses, _ = _steps(tiny.config(role, **fields), mesh, 5, tiny_teacher, 0.0 if role == "teacher" else 0.1)
     runs[sizes] = jax.device_get((state.params, state.ema)), losses
   for sizes in meshes:
     np.testing.assert_allclose(runs[sizes][1], runs[1, 1][1], rtol=2e-5)
     _close(runs[sizes][0], runs[1, 1][0], 2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moments, nbytes", [("bfloat16", 6), ("int8", 3)])
+def test_lean_moments_train_alike_and_lie_where_their_parameters_do(moments, nbytes, tiny_teacher):
+  fields = dict(network__width=64, optimizer__learning_rate=1e-3)
+  mesh = sharding.make_mesh(2, 4)
+  state, losses, jitted = _steps(tiny.config("teacher", **fields, optimizer__moments=moments), mesh, 8)
+  _, want, _ = _steps(tiny.config("teacher", **fields), mesh, 8)
+  np.testing.assert_allclose(losses, want, rtol=0.02)
+  assert losses[-1] < losses[0]
+  leaves = params_lib.named_leaves(jitted["state"].opt_state)
+  name = next(name for name in leaves if name.endswith("mu/blocks/mlp/in/kernel"))
+  assert "fsdp" in leaves[name].sharding.spec and leaves[name].dtype == moments
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state))
+  assert size < nbytes * 1.1 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
 def test_parameters_are_stored_in_parts():

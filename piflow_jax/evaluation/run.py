@@ -88,9 +88,9 @@ def bench(config, mesh):
   c = config.evaluation
   if c.features is None:
     raise errors.UserError("config.evaluation.features: is empty; name a function that gives (extract, predict)")
-  if c.batch_size % mesh.size:
+  if c.batch_size % sharding.sample_parts(mesh):
     raise errors.UserError(
-        f"config.evaluation.batch_size: {c.batch_size} does not divide over {mesh.size} devices; choose a multiple")
+        f"config.evaluation.batch_size: {c.batch_size} does not divide over {sharding.sample_parts(mesh)} parts of the mesh; choose a multiple")
   source = functools.partial(config.data.source, shape=config.data.shape, num_classes=config.data.num_classes)
   train, held_out = (_stack(source(split)) for split in ("train", "held_out"))
   extract, predict = c.features(*train)

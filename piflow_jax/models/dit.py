@@ -7,6 +7,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from piflow_jax import sharding
 from piflow_jax.models import layers
 
 SIZES = {
@@ -17,10 +18,16 @@ SIZES = {
 }
 
 # (path pattern, axes of the mesh for each axis of the leaf), first match wins; `blocks` carry the layer axis first.
-# Matrices are stored split over `fsdp` along the trunk's width, which every size divides.
+# Matrices are stored split over `fsdp` along the trunk's width, which every size divides, and over `tensor` along heads
+# and hidden units: what one part of them makes, the same part of the next matrix reads.
 SHARDING = (
-    (r"blocks/attention/out/kernel", (None, None, None, "fsdp")),
-    (r"blocks/.*(qkv|in|out|adaln)/kernel", (None, "fsdp")),
+    (r"blocks/attention/qkv/kernel", (None, "fsdp", None, "tensor")),
+    (r"blocks/attention/qkv/bias", (None, None, "tensor")),
+    (r"blocks/attention/out/kernel", (None, "tensor", None, "fsdp")),
+    (r"blocks/mlp/in/kernel", (None, "fsdp", "tensor")),
+    (r"blocks/mlp/in/bias", (None, "tensor")),
+    (r"blocks/mlp/out/kernel", (None, "tensor", "fsdp")),
+    (r"blocks/adaln/kernel", (None, "fsdp")),
     (r"(adaln_out|time_in|time_out|span_in|span_out|logstd_in|logstd_out)/kernel", ("fsdp",)),
     (r"patch_embed/kernel", (None, "fsdp")),
     (r"class_embed/embedding", (None, "fsdp")),
@@ -48,6 +55,8 @@ class Block(nn.Module):
     zeros = nn.initializers.zeros_init()
     modulation = nn.Dense(6 * dim, dtype=self.dtype, kernel_init=zeros, name="adaln")(nn.silu(embedding))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+    # Between layers a sample's tokens are where the sample is.
+    x = sharding.constrain(x, sharding.SAMPLES)
     y = _modulate(norm(epsilon=1e-6)(x), shift_a, scale_a)
     x = x + gate_a[:, None] * layers.Attention(self.heads, self.dtype, name="attention")(y)
     y = _modulate(norm(epsilon=self.mlp_norm_eps)(x), shift_m, scale_m)

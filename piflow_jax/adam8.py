@@ -1,0 +1,98 @@
+"""AdamW whose moments take one byte each, block by block (after Dettmers et al., arXiv 2110.02861), as an optax transformation."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# One scale for up to 256 parameters: small enough to be everywhere. The codes lie where their parameters do.
+SHARDING = ((r"(mu|nu)_scale/.*", ()),)
+LEAST = 4096  # entries; a smaller array keeps its moments in float32, as in the paper
+
+
+class Adam8State(NamedTuple):
+  """Moments by parameter; scales are the largest entry of each block; small arrays have none."""
+
+  count: jax.Array  # [] int32
+  mu: Any  # int8, shaped like the parameter
+  nu: Any  # uint8
+  mu_scale: Any  # float32 [..., blocks], [] where there is none
+  nu_scale: Any
+
+
+def adamw8(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, block=256):
+  """optax.adamw with 8-bit moments: about 2.03 bytes a parameter instead of 8.
+
+  A moment m is stored as round(127 cbrt(m / max |m|)) with the maximum over a block, and v likewise as sqrt(v), in 255
+  levels: relative steps are alike over six decades, and where v would vanish m already has, so that no quotient m /
+  sqrt(v) explodes. (The paper has a table of 256 values; powers are elementwise, which TPUs are better at.)
+
+  Args:
+    learning_rate, b1, b2, eps, weight_decay: as of optax.adamw.
+    block: entries that share a scale, at most; they lie along the last axis, or the last ones where it is short.
+  """
+  return optax.chain(
+      scale_by_adam8(b1, b2, eps, block), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate))
+
+
+def scale_by_adam8(b1, b2, eps, block):
+  """The m / sqrt(v) of `adamw8`."""
+  def init(params):
+    zeros = lambda kind: jax.tree.map(lambda p: _zeros(p, kind, block), params)
+    pick = lambda tree, i: jax.tree.map(lambda pair: pair[i], tree, is_leaf=lambda x: isinstance(x, tuple))
+    mu, nu = zeros(jnp.int8), zeros(jnp.uint8)
+    return Adam8State(jnp.zeros((), jnp.int32), pick(mu, 0), pick(nu, 0), pick(mu, 1), pick(nu, 1))
+
+  def update(grads, state, params=None):
+    del params
+    count = optax.safe_increment(state.count)
+
+    def one(g, mu, nu, mu_scale, nu_scale):
+      g = g.astype(jnp.float32)
+      m = b1 * decode(mu, mu_scale) + (1 - b1) * g
+      v = b2 * decode(nu, nu_scale) ** 2 + (1 - b2) * g * g
+      u = (m / (1 - b1**count)) / (jnp.sqrt(v / (1 - b2**count)) + eps)
+      if g.size < LEAST:
+        return u, m, jnp.sqrt(v), mu_scale, nu_scale
+      (mu, mu_scale), (nu, nu_scale) = encode(m, jnp.int8, block), encode(jnp.sqrt(v), jnp.uint8, block)
+      return u, mu, nu, mu_scale, nu_scale
+
+    found = jax.tree.map(one, grads, state.mu, state.nu, state.mu_scale, state.nu_scale)
+    u, *rest = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0,) * 5), found)
+    return u, Adam8State(count, *rest)
+
+  return optax.GradientTransformation(init, update)
+
+
+def encode(x, kind, block):
+  """(codes shaped like x, scales [..., blocks]) of values x; kind int8, or uint8 for values >= 0."""
+  lead, size = _blocks(x.shape, block)
+  x_blocks = x.reshape(*lead, -1, size)
+  scale = jnp.max(jnp.abs(x_blocks), axis=-1)
+  root = jnp.cbrt(x_blocks / jnp.where(scale > 0, scale, 1)[..., None])
+  return jnp.round(root * jnp.iinfo(kind).max).astype(kind).reshape(x.shape), scale
+
+
+def decode(codes, scale):
+  """The float32 values of `encode`'s; codes that are float32 are values themselves."""
+  if codes.dtype == jnp.float32:
+    return codes
+  blocks = codes.reshape(*scale.shape, -1).astype(jnp.float32) / jnp.iinfo(codes.dtype).max
+  return (blocks**3 * scale[..., None]).reshape(codes.shape)
+
+
+def _zeros(p, kind, block):
+  if p.size < LEAST:
+    return jnp.zeros(p.shape, jnp.float32), jnp.zeros(())
+  lead, size = _blocks(p.shape, block)
+  return jnp.zeros(p.shape, kind), jnp.zeros((*lead, p.size // math.prod(lead) // size), jnp.float32)
+
+
+def _blocks(shape, block):
+  """(leading axes, entries in a block): trailing axes are joined until they hold a quarter block; then cut evenly."""
+  axes, tail = len(shape), 1
+  while axes and tail < block // 4:
+    axes, tail = axes - 1, tail * shape[axes - 1]
+  return shape[:axes], max(n for n in range(1, min(block, tail) + 1) if tail % n == 0)
