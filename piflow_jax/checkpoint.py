@@ -148,7 +148,6 @@ def save_weights(workdir, leaves):
   folder = _folder(workdir)
   if folder.exists():
     raise errors.UserError(f"--workdir: {str(workdir)!r} holds checkpoints already; choose another")
-  made = [path for path in (folder, *folder.parents) if not path.exists()]
   try:
     folder.mkdir(parents=True)
     tree, size = {}, 0
@@ -162,9 +161,14 @@ def save_weights(workdir, leaves):
     if tree:
       partial.save(folder / "0", {"ema": tree})
     partial.finalize(folder / "0")
+  except OSError as e:
+    raise errors.UserError(f"--workdir: cannot write to {str(workdir)!r} ({e}); choose a folder that you may write") from e
   except BaseException:
-    if made:
-      made[-1].rmtree()
+    folder.rmtree()
+    try:
+      folder.parent.rmdir()  # the workdir, if there is nothing else in it
+    except (OSError, NotImplementedError):
+      pass
     raise
 
 

@@ -104,6 +104,10 @@ def run(main, required=("config", "workdir")):
     try:
       if len(argv) > 1:
         raise errors.UserError(f"{argv[1]}: not understood; options are written --name=value")
+      # Simulated devices wait in a collective each in a thread of XLA's pool; with one thread a device, the default, collectives
+      # that run side by side lock one another up for good.
+      if jax.config.jax_num_cpu_devices > 1:
+        os.environ.setdefault("NPROC", str(max(os.cpu_count(), 4 * jax.config.jax_num_cpu_devices)))
       if DISTRIBUTED.value:
         join(DISTRIBUTED.value)
       sys.exit(main(argv))

@@ -80,6 +80,26 @@ def test_one_device_equals_eight(role, tiny_teacher):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("then", [dict(mesh__data=2, mesh__fsdp=4), dict(mesh__data=4, mesh__fsdp=1, mesh__tensor=2)])
+def test_a_run_goes_on_on_another_mesh(then, tmp_path):
+  first = dict(mesh__data=1, mesh__fsdp=8)
+  assert train_loop.train(tiny.config("teacher", steps=8, **first), tmp_path / "alone") == 0
+  assert train_loop.train(tiny.config("teacher", steps=4, **first), tmp_path / "moved") == 0
+
+  def restored(fields):
+    config = tiny.config("teacher", **fields)
+    jitted = train_loop.compile_run(config, sharding.make_mesh(**config.mesh), build.run(config))
+    with checkpoint.open_manager(tmp_path / "moved") as manager:
+      return checkpoint.restore_latest(manager, jitted["state"])[1]
+
+  for a, b in zip(*(jax.tree.leaves(restored(fields)) for fields in (first, then)), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert train_loop.train(tiny.config("teacher", steps=8, **then), tmp_path / "moved") == 0
+  losses = [[line["loss"] for line in tiny.metrics(tmp_path / folder)] for folder in ("alone", "moved")]
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("moments, nbytes", [("bfloat16", 6), ("int8", 3)])
 def test_lean_moments_train_alike_and_lie_where_their_parameters_do(moments, nbytes, tiny_teacher):
   fields = dict(network__width=64, optimizer__learning_rate=1e-3)

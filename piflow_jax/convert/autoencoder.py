@@ -59,7 +59,8 @@ def rows(settings, keys=None):
 
 
 # A linear layer [in, out] <-> a convolution of one pixel (out, in, 1, 1).
-_PIXEL = table.Transform(lambda s: (s[1], s[0], 1, 1), lambda x, shape: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
+_PIXEL = table.Transform(
+    lambda s: (s[1], s[0], 1, 1), lambda x, shape: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
 
 
 def diffusers_config(settings, scales):

@@ -1,7 +1,9 @@
 """DiT teachers and students under the names that PyTorch projects gave them."""
 
+import json
 from typing import Callable, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from piflow_jax import errors
@@ -115,7 +117,7 @@ NAMINGS = {
     "diffusers": Naming(
         "diffusers' DiTTransformer2DModel",
         lambda keys: "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.weight" in keys, _diffusers,
-        dict(frequency_shift=1, mlp_norm_eps=1e-5), "proj_out_2.weight", ignored=(r"pos_embed\.pos_embed",)),
+        dict(frequency_shift=1, mlp_norm_eps=1e-5, time_offset=0.0), "proj_out_2.weight", ignored=(r"pos_embed\.pos_embed",)),
     "repa": Naming(
         "REPA, SiT's names with time 1 at the noise", lambda keys: _IS_FACEBOOK(keys), _facebook,
         dict(time_scale=1.0, time_offset=0.0, mlp_norm_eps=1e-6, frequency_shift=0), "final_layer.linear.weight",
@@ -199,7 +201,7 @@ def model_config(config, naming, policy, shift):
 
 def network_of(about):
   """Fields of config.network that a config.json tells, of those that the shapes of the weights do not."""
-  ours = about.get("piflow_jax", {})
+  ours = about.get("piflow_jax") or {}
   known = {"heads": about.get("num_attention_heads", about.get("num_heads")), "mlp_norm_eps": about.get("norm_eps")}
   known |= {name: ours.get(name) for name in ("time_scale", "time_offset", "frequency_shift")}
   return {name: value for name, value in known.items() if value is not None}
@@ -214,8 +216,22 @@ def policy_config(head):
   return dict(type="ParallelDecoding", shift=head.shift)
 
 
+def stored_policy(metadata, about):
+  """What a file says of its policy: `policy_config` of a student, {} of a teacher, None where it says nothing."""
+  if "policy_config" in metadata:
+    return json.loads(metadata["policy_config"])
+  if isinstance(about.get("piflow_jax"), dict):
+    return about["piflow_jax"].get("policy") or {}
+  known = {"GMDiTTransformer2DModelV2": {"type": "GMFlow"}, "DXDiTTransformer2DModel": {"type": "DX"},
+           "DiTTransformer2DModel": {}, "DiTTransformer2DModelMod": {}, "GMDiTTransformer2DModel": {}}
+  return known.get(about.get("_class_name"))
+
+
 def check_positions(array, config, where):
   """Whether a stored position table is the one that is computed here. Raises errors.UserError."""
   want = positions(config)
-  if array.shape != want.shape or np.abs(array - want).max() > 1e-4:
-    raise errors.UserError(f"{where}: not the sine-cosine table of {want.shape}, which is all that is built here")
+  # Half precision rounds a table of values up to 1.
+  tolerance = 1e-4 + float(ml_dtypes.finfo(array.dtype).eps)
+  if array.shape != want.shape or np.abs(array.astype(np.float32) - want).max() > tolerance:
+    raise errors.UserError(f"{where}: not the sine-cosine table of {want.shape}, which is all that is built here; check "
+                           "config.data.shape and config.network.patch")

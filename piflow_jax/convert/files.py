@@ -48,7 +48,7 @@ def open_source(path):
   with contextlib.ExitStack() as stack:
     if path.name.endswith(".safetensors.index.json"):
       index = _json(path).get("weight_map")
-      if not index:
+      if not index or not isinstance(index, dict):
         raise errors.UserError(f"--source: {path} has no weight_map; give the index that belongs to sharded safetensors")
       yield _safetensors([path.parent / name for name in sorted(set(index.values()))], stack, path, config, index)
     elif path.suffix == ".safetensors":
@@ -71,13 +71,16 @@ def _in_folder(folder):
 
 def _json(path):
   try:
-    return json.loads(path.read_text())
+    found = json.loads(path.read_text())
   except (OSError, ValueError) as e:
     raise errors.UserError(f"--source: {path} cannot be read: {e}") from e
+  if not isinstance(found, dict):
+    raise errors.UserError(f"--source: {path} is no table of names and values; mend it or take it away")
+  return found
 
 
 def _safetensors(paths, stack, where, config, index=None):
-  shapes, holder, metadata, doubled = {}, {}, {}, []
+  shapes, holder, metadata, doubled, odd = {}, {}, {}, [], []
   for path in paths:
     try:
       file = stack.enter_context(safe_open(path, "numpy"))
@@ -86,13 +89,23 @@ def _safetensors(paths, stack, where, config, index=None):
     metadata |= file.metadata() or {}
     for key in file.keys():
       doubled += [f"{key} ({holder[key][0]} and {path.name})"] if key in holder else []
-      shapes[key], holder[key] = tuple(file.get_slice(key).get_shape()), (path.name, file)
+      part = file.get_slice(key)
+      if part.get_dtype() not in ("F16", "BF16", "F32", "F64"):
+        odd.append(f"{key} ({part.get_dtype()})")
+      shapes[key], holder[key] = tuple(part.get_shape()), (path.name, file)
+  _refuse_odd(odd, where)
   if doubled:
     raise errors.UserError(f"--source: {where} has keys twice: {', '.join(doubled)}")
   lost = sorted(key for key in index or () if key not in holder)
   if lost:
     raise errors.UserError(f"--source: {where} names what its shards do not hold: {', '.join(lost)}")
   return Source(shapes, lambda key: holder[key][1].get_tensor(key), metadata, config, str(where))
+
+
+def _refuse_odd(odd, where):
+  if odd:
+    raise errors.UserError(f"--source: {where} holds what is no dense array of 16, 32 or 64 bit floats: {', '.join(odd)}; "
+                           "take it out, or turn it into one")
 
 
 def _pickled(path, config):
@@ -107,18 +120,25 @@ def _pickled(path, config):
     with torch.serialization.safe_globals([argparse.Namespace]):
       tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
   except Exception as e:  # whatever its unpickler refuses
-    reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-    raise errors.UserError(f"--source: {path} cannot be read as weights alone: {reason}") from e
+    reason = f"{type(e).__name__} {str(e).strip().splitlines()[0] if str(e).strip() else ''}".strip()
+    raise errors.UserError(f"--source: {path} cannot be read as weights alone ({reason}); save its state dict anew, best as "
+                           "safetensors") from e
   where = str(path)
-  # A training state: the average is what samples are drawn with.
-  while isinstance(tree, dict):
-    inner = next((name for name in ("ema", "state_dict", "model") if isinstance(tree.get(name), dict)), None)
-    if inner is None:
+  # A training state: the average is what samples are drawn with, whatever its script calls it.
+  tensors_of = lambda found: {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+  while isinstance(tree, dict) and not tensors_of(tree):
+    inner = sorted((name for name, value in tree.items() if isinstance(name, str) and isinstance(value, dict) and (
+        tensors_of(value) or name in ("ema", "state_dict", "model"))),
+        key=lambda name: ("ema" not in name, not tensors_of(tree[name]), name not in ("state_dict", "model"), name))
+    if not inner:
       break
-    tree, where = tree[inner], f"{where}[{inner!r}]"
-  tensors = {k: v for k, v in tree.items() if isinstance(v, torch.Tensor)} if isinstance(tree, dict) else {}
+    tree, where = tree[inner[0]], f"{where}[{inner[0]!r}]"
+  tensors = tensors_of(tree) if isinstance(tree, dict) else {}
   if not tensors:
     raise errors.UserError(f"--source: {where} holds no tensors by name")
+  float_ = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+  _refuse_odd([f"{k} ({v.layout if v.layout != torch.strided else v.dtype})" for k, v in tensors.items()
+               if v.dtype not in float_ or v.layout != torch.strided], where)
 
   def read(key):
     tensor = tensors[key].detach()
@@ -161,13 +181,15 @@ def write(folder, tensors, *, config, metadata, beside=(), max_bytes=5 << 30):
   Raises:
     errors.UserError: the folder has something in it.
   """
-  folder = pathlib.Path(folder)
+  if "://" in str(folder):
+    raise errors.UserError(f"--out: {str(folder)!r}: only local folders; copy it from there")
+  folder = pathlib.Path(os.path.abspath(folder))
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise errors.UserError(f"--out: {str(folder)!r} is there and not empty; choose another")
   partial = folder.with_name(f".{folder.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
   try:
+    partial.mkdir(parents=True)
     shards, shard, size, total = [], {}, 0, 0
 
     def flush():
@@ -198,6 +220,9 @@ def write(folder, tensors, *, config, metadata, beside=(), max_bytes=5 << 30):
     if folder.exists():
       folder.rmdir()
     partial.rename(folder)
+  except OSError as e:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise errors.UserError(f"--out: cannot write to {str(folder)!r} ({e}); choose a folder that you may write") from e
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise

@@ -242,6 +242,10 @@ def sample(model, noise, labels, *, nfe=None, h=0.0, generator=None, progress=No
   Returns:
     x_0 [B, C, H, W], float32.
   """
+  if len(labels) != len(noise) or tuple(noise.shape[1:]) != model.shape:
+    raise ValueError(f"noise {tuple(noise.shape)} and labels {tuple(labels.shape)}: want [B, {', '.join(map(str, model.shape))}] and [B]")
+  if nfe is not None and nfe < 1:
+    raise ValueError(f"nfe {nfe} is less than 1")
   ours = model.ours
   shift, total, temperature = ours["shift"], ours["total_substeps"], ours["temperature"]
   nfe = nfe or (50 if model.kind == "velocity" else ours["nfe"])
@@ -299,8 +303,18 @@ def main():
   parser.add_argument("--h", type=float, default=0.0, help="stochasticity, 0 to inf")
   parser.add_argument("--device", default="cpu")
   args = parser.parse_args()
+  try:
+    draw(args)
+  except (OSError, RuntimeError, ValueError, KeyError, IndexError) as e:
+    parser.error(str(e))
+
+
+def draw(args):
   model = load(args.model, args.device)
   labels = torch.tensor([int(label) for label in args.labels.split(",")], device=args.device)
+  classes = model.config["num_embeds_ada_norm"]
+  if not all(0 <= label <= classes for label in labels.tolist()):
+    raise ValueError(f"--labels: {args.labels} are not all of the {classes} classes (or {classes}, for none)")
   generator = torch.Generator(args.device).manual_seed(args.seed)
   if args.noise:
     noise = torch.load(args.noise, weights_only=True).to(args.device)

@@ -43,8 +43,9 @@ def from_torch(path, workdir, config=None, *, naming=None, dry_run=False):
     _check_config(config)
     naming = dit.NAMINGS[_naming_of(source, naming)]
     _check_network(config, naming.says, dit.network_of(source.config) | naming.network)
-    source = _velocity_channels_alone(source, naming, config)
-    role, shapes = _tree_for(config, source, naming)
+    stored = dit.stored_policy(source.metadata, source.config)
+    source = _velocity_channels_alone(source, naming, config, stored)
+    role, shapes = _tree_for(config, source, naming, stored)
     entries = table.entries(naming.rows(config.network.depth, config.network.patch),
                             {k: v.shape for k, v in params_lib.named_leaves(shapes).items()}, naming.says)
     left_out = table.check(entries, source.shapes, source.where, (*naming.ignored, *naming.constants))
@@ -92,10 +93,15 @@ def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32
 
 def _network_to_torch(config, shapes, name, workdir):
   """(entries, config.json, policy_config or None, constants, files beside) of a network whose leaves have `shapes`."""
+  if config.method is build.meanflow:
+    raise errors.UserError("--config: config.method is meanflow, and networks of two times have no names in PyTorch")
   teacher = {k: v.shape for k, v in params_lib.named_leaves(build.teacher_shapes(config)).items()}
-  student = _has_policy(config) and shapes.get("head/out/kernel") != teacher["head/out/kernel"]
+  student = _has_policy(config) and shapes.get("head/out/kernel") != teacher.get("head/out/kernel", ())
   if student and name != "release":
     raise errors.UserError(f"--format: {name} has no names for a student's head; leave it out")
+  height, width, _ = config.data.shape
+  if name != "release" and height != width:
+    raise errors.UserError(f"--format: {name} has square latents only, not {height} x {width}; leave it out")
   naming, policy = dit.NAMINGS[name], dit.policy_config(build.policy_head(config)) if student else None
   _check_network(config, naming.says, naming.network)
   expected = {k: v.shape for k, v in params_lib.named_leaves(_student_shapes(config)).items()} if student else teacher
@@ -191,13 +197,16 @@ def _check_network(config, what, fields):
     raise errors.UserError(f"--config: for {what}: {'; '.join(wrong)}")
 
 
-def _velocity_channels_alone(source, naming, config):
+def _velocity_channels_alone(source, naming, config, policy):
   """The source without the rows of its output layer that no velocity needs."""
   keys = (naming.output, naming.output.replace("weight", "bias"))
   channels, patch = config.data.shape[-1], config.network.patch
   stored = dit.first_channels(source.shapes.get(naming.output, (0,)), channels, patch)
   is_students = source.shapes.get(naming.output) == _rows_of_student(config)
-  if not stored or is_students or any(key not in source.shapes for key in keys):
+  if stored and is_students and policy is None and not source.config:
+    raise errors.UserError(f"--config: {source.where} may be a teacher with a variance or a student of {stored // channels} "
+                           "points; give a config of other config.policy.points to read it as a teacher")
+  if not stored or policy is not None or any(key not in source.shapes for key in keys):
     return source
   print(f"{naming.output}: {stored} channels a position, of which the first {channels} are the velocity", flush=True)
   cut = lambda shape: (patch**2 * channels, *shape[1:])
@@ -213,11 +222,18 @@ def _rows_of_student(config):
   return None if out is None else (int(np.prod(out.shape[1:])), out.shape[0])
 
 
-def _tree_for(config, source, naming):
+def _tree_for(config, source, naming, policy):
   """("teacher" or "student", tree of shapes): whose output layers the file has."""
-  if source.shapes.get(naming.output, ()) == _rows_of_student(config) or "proj_out_means.weight" in source.shapes:
+  told = policy is not None or bool(source.config)  # of a file that comes alone, the shapes have to tell
+  if policy or "proj_out_means.weight" in source.shapes or (
+      not told and source.shapes.get(naming.output, ()) == _rows_of_student(config)):
     if not _has_policy(config):
       raise errors.UserError(f"--config: {source.where} is a student; give a student's config")
+    mine = dit.policy_config(build.policy_head(config))
+    differ = [f"{k} is {mine.get(k)!r}, the file's {v!r}" for k, v in (policy or {}).items() if mine.get(k, v) != v]
+    if differ:
+      raise errors.UserError(f"--config: its policy is not the one of {source.where}: {'; '.join(differ)}; set config.policy "
+                             "and config.flow to the file's")
     return "student", _student_shapes(config)
   return "teacher", build.teacher_shapes(config)
 

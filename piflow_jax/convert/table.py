@@ -167,10 +167,10 @@ def listed(names):
     numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
     groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "{}", name, count=1) if numbers else name), []).append(
         int(numbers[0]) if numbers else None)
-  listed = []
+  found = []
   for pattern, numbers in groups.items():
     if numbers[0] is None:
-      listed.append(pattern)
+      found.append(pattern)
       continue
     numbers.sort()
     runs = [[numbers[0]] * 2]
@@ -179,5 +179,5 @@ def listed(names):
         runs[-1][1] = n
       else:
         runs.append([n, n])
-    listed.append(pattern.format(",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)))
-  return ", ".join(listed)
+    found.append(pattern.replace("{}", ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs), 1))
+  return ", ".join(found)

@@ -21,7 +21,8 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 SD = dict(latent_channels=4, scaling_factor=0.18215)
-FLUX = dict(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+FLUX = dict(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+            use_post_quant_conv=False)
 
 
 def _theirs(widths=(32, 64), **fields):
@@ -32,7 +33,8 @@ def _theirs(widths=(32, 64), **fields):
       up_block_types=["UpDecoderBlock2D"] * levels, layers_per_block=2, norm_num_groups=8, **fields).eval()
   generator = torch.Generator().manual_seed(0)
   draw = lambda w: torch.randn(w.shape, generator=generator) * (0.3 if w.ndim < 2 else w[0].numel() ** -0.5)
-  model.load_state_dict({name: draw(w) + ("norm" in name and name.endswith("weight")) for name, w in model.state_dict().items()})
+  model.load_state_dict({name: draw(w) + ("norm" in name and name.endswith("weight"))
+                         for name, w in model.state_dict().items()})
   return model
 
 
@@ -47,6 +49,7 @@ def _converted(folder, tmp_path):
 
 
 def _close(got, want, rtol):
+  """Of the largest value: two orders of summing in float32, 1e-5 for a layer and 1e-4 for some twenty in a row."""
   want = want.detach().numpy().transpose(0, 2, 3, 1)
   np.testing.assert_allclose(got, want, atol=rtol * np.abs(want).max())
 
@@ -78,10 +81,33 @@ def test_encodes_and_decodes_like_the_original(fields, tmp_path):
   assert loaded.config.scaling_factor == fields["scaling_factor"]
 
 
+def test_log_variance_is_clamped_and_bfloat16_computes_near_float32(tmp_path):
+  model = _theirs(**FLUX)
+  with torch.no_grad():
+    model.encoder.conv_out.bias[16:18] = torch.tensor([50.0, -50.0])
+  model.save_pretrained(tmp_path / "theirs")
+  net, params, _ = _converted(tmp_path / "theirs", tmp_path)
+  images = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
+  mean, logvar = net.apply({"params": params}, images, method="encode")
+  with torch.no_grad():
+    _close(logvar, model.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latent_dist.logvar, 1e-4)
+  assert (logvar[..., 0] == 20).all() and (logvar[..., 1] == -30).all()
+  half = net.clone(dtype=jnp.bfloat16)
+  shapes = jax.eval_shape(lambda: half.init(jax.random.key(0), images))
+  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+  rough = half.apply({"params": params}, images, method="encode")[0]
+  decoded, near = (n.apply({"params": params}, mean, method="decode") for n in (net, half))
+  for got, want in ((rough, mean), (near, decoded)):
+    assert got.dtype == jnp.float32
+    error = float(jnp.abs(got - want).max())
+    assert 1e-4 < error < 0.15 * float(jnp.abs(want).max())  # 8 bits of mantissa; and not float32
+
+
 def test_parts_to_a_layers_tolerance():
   model = _theirs(**SD)
   state = {name: w.numpy() for name, w in model.state_dict().items()}
-  x = np.random.default_rng(1).standard_normal((2, 6, 4, 64)).astype(np.float32)
+  # So small that the norms' epsilon counts.
+  x = 3e-3 * np.random.default_rng(1).standard_normal((2, 6, 4, 64)).astype(np.float32)
   there = torch.tensor(x.transpose(0, 3, 1, 2))
   rows = {row.here: row for row in names.rows(dict(widths=(32, 64), layers_per_block=2))}
 
@@ -101,6 +127,7 @@ def test_names_from_before_2023(pixel, tmp_path):
   model = _theirs(**SD)
   model.save_pretrained(tmp_path / "theirs")
   path = tmp_path / "theirs" / "diffusion_pytorch_model.safetensors"
+  _, want, _ = _converted(tmp_path / "theirs", tmp_path / "new")
   old = {}
   for name, w in load_file(path).items():
     for new, before in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
@@ -111,8 +138,7 @@ def test_names_from_before_2023(pixel, tmp_path):
   assert "encoder.mid_block.attentions.0.query.weight" in old
   save_file(old, path)
   _, params, _ = _converted(tmp_path / "theirs", tmp_path)
-  kernel = model.encoder.mid_block.attentions[0].to_k.weight.detach().numpy()
-  np.testing.assert_array_equal(params["encoder"]["middle"]["attention"]["k"]["kernel"], kernel.T)
+  jax.tree.map(np.testing.assert_array_equal, params, want)
 
 
 @pytest.mark.parametrize("fields", [SD, FLUX])
@@ -138,9 +164,11 @@ def test_what_does_not_fit_is_told(tmp_path):
   with pytest.raises(errors.UserError, match="missing: quant_conv.bias; unknown: odd"):
     run.from_torch(tmp_path / "theirs", tmp_path / "run")
   config = json.loads(about.read_text())
-  about.write_text(json.dumps(config | {"act_fn": "gelu"}))
-  with pytest.raises(errors.UserError, match="act_fn is gelu; only silu"):
-    run.from_torch(tmp_path / "theirs", tmp_path / "run")
+  for field, value in (("act_fn", "gelu"), ("down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]),
+                       ("up_block_types", ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]), ("latents_std", [2.0] * 4)):
+    about.write_text(json.dumps(config | {field: value}))
+    with pytest.raises(errors.UserError, match=f"{field} is .*; only "):
+      run.from_torch(tmp_path / "theirs", tmp_path / "run")
   about.unlink()
   with pytest.raises(errors.UserError, match="no config.json beside"):
     run.from_torch(tmp_path / "theirs", tmp_path / "run")
