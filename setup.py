@@ -6,6 +6,7 @@ from setuptools import find_packages
 from setuptools import setup
 
 EVAL = ["diffrax>=0.7.2", "matplotlib>=3.11.2", "scikit-learn>=1.9.1", "scipy>=1.17.1"]
+GCS = ["gcsfs>=2026.1.0"]
 NOTEBOOKS = ["ipykernel>=7.4.0", "nbclient>=0.11.0", "nbformat>=5.11.1"]
 
 setup(
@@ -34,7 +35,8 @@ setup(
         "tqdm>=4.70.1",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"] + GCS,
+        "gcs": GCS,
         "gpu": ["jax[cuda12]>=0.10.2"],
         "torch": ["torch>=2.13.0"],  # reading .pt files; sampling what was exported
         "eval": EVAL,

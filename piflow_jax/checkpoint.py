@@ -146,8 +146,11 @@ def save_weights(workdir, leaves):
     errors.UserError: there is a run in workdir.
   """
   folder = _folder(workdir)
+  unfinished = folder / "0.partial_save"  # what was killed while it wrote; Orbax takes it for no checkpoint
   if folder.exists():
-    raise errors.UserError(f"--workdir: {str(workdir)!r} holds checkpoints already; choose another")
+    if list(folder.iterdir()) not in ([], [unfinished]):
+      raise errors.UserError(f"--workdir: {str(workdir)!r} holds checkpoints already; choose another")
+    folder.rmtree()
   try:
     folder.mkdir(parents=True)
     tree, size = {}, 0
@@ -161,14 +164,14 @@ def save_weights(workdir, leaves):
     if tree:
       partial.save(folder / "0", {"ema": tree})
     partial.finalize(folder / "0")
-  except OSError as e:
-    raise errors.UserError(f"--workdir: cannot write to {str(workdir)!r} ({e}); choose a folder that you may write") from e
-  except BaseException:
-    folder.rmtree()
-    try:
-      folder.parent.rmdir()  # the workdir, if there is nothing else in it
-    except (OSError, NotImplementedError):
-      pass
+  except BaseException as e:
+    for remove in (folder.rmtree, folder.parent.rmdir):  # the workdir too, if there is nothing else in it
+      try:
+        remove()
+      except (OSError, ValueError, NotImplementedError):
+        pass
+    if isinstance(e, OSError):
+      raise errors.UserError(f"--workdir: cannot write to {str(workdir)!r} ({e}); choose a folder that you may write") from e
     raise
 
 

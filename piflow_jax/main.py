@@ -118,6 +118,10 @@ def run(main, required=("config", "workdir")):
       _fail(2, e)
     except errors.NotFinite as e:
       _fail(3, e)
+    except ImportError as e:
+      if "gcsfs" not in str(e):
+        raise
+      _fail(2, "gs:// paths need gcsfs: pip install -e '.[gcs]'")
 
   app.run(guarded, flags_parser=parse)
 

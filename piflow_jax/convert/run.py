@@ -39,6 +39,8 @@ def from_torch(path, workdir, config=None, *, naming=None, dry_run=False):
   with files.open_source(path) as source:
     source = files.without_prefix(source, lambda keys: bool(autoencoder.recognised(keys) or dit.namings_of(keys)))
     if autoencoder.recognised(source.shapes):
+      if naming:
+        raise errors.UserError(f"--format: {source.where} is an autoencoder, which has one naming; leave it out")
       return _autoencoder_from_torch(source, workdir, dry_run)
     _check_config(config)
     naming = dit.NAMINGS[_naming_of(source, naming)]
@@ -79,7 +81,8 @@ def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32
     if settings.exists():
       known = json.loads(settings.read_text())
       entries = table.entries(autoencoder.rows(known["settings"], None), shapes, "diffusers' AutoencoderKL")
-      about, policy, constants, beside = autoencoder.diffusers_config(known["settings"], known["scales"]), None, {}, ()
+      about = known["config"] | autoencoder.diffusers_config(known["settings"], known["scales"])
+      policy, constants, beside = None, {}, ()
     else:
       _check_config(config)
       entries, about, policy, constants, beside = _network_to_torch(config, shapes, naming or "release", workdir)
@@ -110,6 +113,9 @@ def _network_to_torch(config, shapes, name, workdir):
                            f"{table.difference(expected, shapes)}; give the config that it was trained with")
   entries = table.entries(naming.rows(config.network.depth, config.network.patch), shapes, naming.says)
   constants = {key: dit.positions(config) for key in naming.constants}
+  if name == "release" and config.network.time_offset:
+    print(f"config.network.time_offset is {config.network.time_offset}: piflow_torch.py heeds it, pi-Flow's release does not",
+          flush=True)
   beside = [pathlib.Path(__file__).with_name("piflow_torch.py")] if name == "release" else []
   return entries, dit.model_config(config, name, policy, float(build.shift(config))), policy, constants, beside
 
@@ -117,7 +123,7 @@ def _network_to_torch(config, shapes, name, workdir):
 def _tensors(entries, read, constants, dtype, out):
   dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
   leaf = functools.lru_cache(1)(read)  # the layers of a leaf come one after the other
-  for entry in tqdm.tqdm(entries, unit="tensor", desc=str(out)):
+  for entry in tqdm.tqdm(entries, unit="tensor", desc=str(out), disable=None):
     array = leaf(entry.path)
     for key, tensor in entry.to_there(array if entry.layer is None else array[entry.layer]):
       yield key, tensor.astype(dtype)
@@ -136,24 +142,26 @@ def _autoencoder_from_torch(source, workdir, dry_run):
                           {k: v.shape for k, v in params_lib.named_leaves(shapes).items()}, "diffusers' AutoencoderKL")
   table.check(entries, source.shapes, source.where)
   print(f"{source.where}: diffusers' AutoencoderKL of {len(source.shapes)} tensors", flush=True)
-  _fill_workdir(entries, shapes, source, workdir, dry_run)
+  about = {"settings": settings, "scales": scales, "config": source.config}
+  _fill_workdir(entries, shapes, source, workdir, dry_run, beside=about)
   if not dry_run:
-    (epath.Path(workdir) / _SETTINGS).write_text(json.dumps({"settings": settings, "scales": scales}))
     print(f"wrote {workdir}")
 
 
-def _fill_workdir(entries, shapes, source, workdir, dry_run):
+def _fill_workdir(entries, shapes, source, workdir, dry_run, beside=None):
   if dry_run:
     return _print_mapping(entries, "<-")
 
   def leaves():
-    with tqdm.tqdm(total=len(entries), unit="tensor", desc=str(workdir)) as bar:
+    with tqdm.tqdm(total=len(entries), unit="tensor", desc=str(workdir), disable=None) as bar:
       for path, shape in params_lib.named_leaves(shapes).items():
         leaf = np.empty(shape.shape, shape.dtype)
         for entry in (e for e in entries if e.path == path):
           leaf[() if entry.layer is None else entry.layer] = entry.to_here(source.read)
           bar.update()
         yield path, leaf
+    if beside:  # before the weights are whole: weights without it would be taken for a network's
+      (epath.Path(workdir) / _SETTINGS).write_text(json.dumps(beside))
 
   checkpoint.save_weights(workdir, leaves())
 

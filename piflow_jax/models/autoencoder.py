@@ -176,17 +176,22 @@ class Autoencoder(nn.Module):
 def settings_of(config):
   """(arguments of Autoencoder, arguments of `to_latents`) from diffusers' config.json. Raises errors.UserError."""
   levels = len(config.get("block_out_channels", (64,)))
-  for field, want in (("down_block_types", ["DownEncoderBlock2D"] * levels),
-                      ("up_block_types", ["UpDecoderBlock2D"] * levels), ("act_fn", "silu")):
-    if config.get(field, want) != want and config.get(field) != tuple(want):
-      raise errors.UserError(f"--source: config.json: {field} is {config[field]}; only {want} is built here")
+  channels = config.get("in_channels", 3)
+  for field, want in (
+      ("_class_name", "AutoencoderKL"), ("out_channels", channels), ("act_fn", "silu"),
+      ("down_block_types", ["DownEncoderBlock2D"] * levels), ("up_block_types", ["UpDecoderBlock2D"] * levels)):
+    found = config.get(field, want)
+    if (list(found) if isinstance(found, tuple) else found) != want:
+      raise errors.UserError(f"--source: config.json: {field} is {found}; only {want} is built here")
   # Statistics of each channel: latents scaled by one number alone would be wrong, and no shape tells.
   for field in ("latents_mean", "latents_std"):
     if config.get(field) is not None:
       raise errors.UserError(f"--source: config.json: {field} is {config[field]}; only scaling_factor and "
                              "shift_factor are known here")
+  if config.get("scaling_factor", 0.18215) is None:
+    raise errors.UserError("--source: config.json: scaling_factor is null; set the one that the latents' model was trained with")
   return dict(
-      channels=config.get("in_channels", 3), latent_channels=config.get("latent_channels", 4),
+      channels=channels, latent_channels=config.get("latent_channels", 4),
       widths=tuple(config.get("block_out_channels", (64,))), layers_per_block=config.get("layers_per_block", 1),
       groups=config.get("norm_num_groups", 32), quant_conv=config.get("use_quant_conv", True),
       post_quant_conv=config.get("use_post_quant_conv", True),
