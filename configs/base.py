@@ -106,6 +106,8 @@ def get_config():
   # Devices along each axis; -1 infers one of data, fsdp, tensor. Samples are split over slices, data and fsdp, parameters
   # over fsdp and (by heads and hidden units) tensor.
   c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.mesh.slices = -1, 1, 1, 1
+  # Where parameters lie: (pattern that ends a path, axes of the mesh along its axes), of which the first that fits counts.
+  c.sharding_rules = dit.SHARDING
 
   c.sampling = ConfigDict()  # the pictures drawn during training, and evaluation
   c.sampling.nfe = 1  # network calls: steps of a teacher, segments of a student

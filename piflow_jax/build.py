@@ -184,7 +184,7 @@ def shift(config):
 
 def sharding_rules(config):
   """(path pattern, axes) rules of the config's networks."""
-  return adam8.SHARDING + dit.SHARDING + ((("means|logweights", ()),) if config.teacher.mixture else ())
+  return adam8.SHARDING + config.sharding_rules + ((("means|logweights", ()),) if config.teacher.mixture else ())
 
 
 def optimizer(config, steps):

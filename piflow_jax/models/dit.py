@@ -53,7 +53,8 @@ class Block(nn.Module):
     dim = x.shape[-1]
     norm = functools.partial(nn.LayerNorm, use_bias=False, use_scale=False, dtype=self.dtype)
     zeros = nn.initializers.zeros_init()
-    modulation = nn.Dense(6 * dim, dtype=self.dtype, kernel_init=zeros, name="adaln")(nn.silu(embedding))
+    adaln = nn.Dense(6 * dim, dtype=self.dtype, kernel_init=zeros, dot_general=layers.gathered(), name="adaln")
+    modulation = adaln(nn.silu(embedding))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
     # Between layers a sample's tokens are where the sample is.
     x = sharding.constrain(x, sharding.SAMPLES)
@@ -101,7 +102,7 @@ class DiT(nn.Module):
   @nn.compact
   def __call__(self, x, t, labels, t_dst=None):
     grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
-    dense = functools.partial(nn.Dense, dtype=self.dtype)
+    dense = functools.partial(nn.Dense, dtype=self.dtype, dot_general=layers.gathered())
     normal, xavier = nn.initializers.normal(0.02), nn.initializers.xavier_uniform()
 
     tokens = dense(self.width, kernel_init=xavier, name="patch_embed")(layers.patchify(x, self.patch))

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from piflow_jax import sharding
+
 
 def sincos_positions(height, width, dim):
   """Fixed 2-D sine-cosine table of DiT (arXiv 2212.09748): [height * width, dim], x first, then y."""
@@ -43,6 +45,17 @@ def unpatchify(y, grid, patch):
   return jnp.swapaxes(y, 2, 3).reshape(b, h * patch * w * patch, *rest)
 
 
+def gathered(*spec):
+  """A dot_general whose second operand is first brought together from all of `fsdp`, as FSDP (arXiv 2304.11277) has it.
+
+  Left to itself XLA multiplies by one part of a matrix after the other while they go round, which suits large parts.
+  """
+  def dot_general(x, kernel, *args, **kwargs):
+    return jax.lax.dot_general(x, sharding.constrain(kernel, *spec), *args, **kwargs)
+
+  return dot_general
+
+
 class Projection(nn.Module):
   """A linear layer with output axes of its own: [..., D] -> [..., *features], float32 out.
 
@@ -60,8 +73,7 @@ class Projection(nn.Module):
     kernel = self.param("kernel", flat_init, (x.shape[-1], *self.features))
     bias = self.param("bias", self.bias_init, self.features)
     contract = (((x.ndim - 1,), (0,)), ((), ()))
-    y = jax.lax.dot_general(
-        x.astype(self.dtype), kernel.astype(self.dtype), contract, preferred_element_type=jnp.float32)
+    y = gathered()(x.astype(self.dtype), kernel.astype(self.dtype), contract, preferred_element_type=jnp.float32)
     return y + jnp.expand_dims(bias, range(x.ndim - 1))
 
 
@@ -106,10 +118,12 @@ class Attention(nn.Module):
     # The three projections are drawn as three matrices: Xavier's bound knows nothing of their being stored as one.
     split_init = lambda key, shape, dtype: jnp.stack(
         [nn.initializers.xavier_uniform()(k, (dim, dim), dtype) for k in jax.random.split(key, 3)], 1).reshape(shape)
-    qkv = dense((3, self.heads, dim // self.heads), kernel_init=split_init, name="qkv")(x)
+    qkv = dense((3, self.heads, dim // self.heads), kernel_init=split_init, dot_general=gathered(None, None, "tensor"),
+                name="qkv")(x)
     q, k, v = jnp.moveaxis(qkv, -3, 0)
     y = jax.nn.dot_product_attention(q, k, v)
-    return dense(dim, axis=(-2, -1), kernel_init=nn.initializers.xavier_uniform(), name="out")(y)
+    return dense(dim, axis=(-2, -1), kernel_init=nn.initializers.xavier_uniform(), dot_general=gathered("tensor"),
+                 name="out")(y)
 
 
 class Mlp(nn.Module):
@@ -121,5 +135,5 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x):
     dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
-    y = nn.gelu(dense(self.hidden, name="in")(x), approximate=True)
-    return dense(x.shape[-1], name="out")(y)
+    y = nn.gelu(dense(self.hidden, dot_general=gathered(None, "tensor"), name="in")(x), approximate=True)
+    return dense(x.shape[-1], dot_general=gathered("tensor"), name="out")(y)

@@ -1,0 +1,29 @@
+"""Floating-point operations of a function, counted in its jaxpr: a multiplication and an addition for each product of a
+matrix product. What else there is (norms, softmax, policies) is counted by nobody who states an MFU, nor here."""
+
+import math
+
+import jax
+
+
+def count(f, *args):
+  """FLOPs of f(*args), whose arguments may be shapes. Loops count by their length; of branches the dearest."""
+  return _of(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+def _of(jaxpr):
+  return sum(_equation(e) for e in jaxpr.eqns)
+
+
+def _equation(e):
+  if e.primitive.name == "dot_general":
+    (contracted, _), _ = e.params["dimension_numbers"]
+    return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(e.invars[0].aval.shape[axis] for axis in contracted)
+  if e.primitive.name == "conv_general_dilated":
+    kernel = e.invars[1].aval.shape
+    outputs = kernel[e.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(kernel) // outputs
+  if e.primitive.name == "cond":
+    return max(_of(branch.jaxpr) for branch in e.params["branches"])
+  inner = [getattr(p, "jaxpr", p) for name, p in e.params.items() if name in ("jaxpr", "call_jaxpr", "body_jaxpr")]
+  return e.params.get("length", 1) * sum(_of(jaxpr) for jaxpr in inner)

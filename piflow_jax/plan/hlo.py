@@ -1,0 +1,147 @@
+"""Reading a compiled program's text: how often each instruction runs, what it sends, what its buffers take up.
+
+XLA's own cost analysis counts the body of a loop once, which for a network that is a loop over its layers is no figure at
+all. Here a loop's body counts as often as its condition lets it; where the number is not in the text, once.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+_BYTES = dict(pred=1, s8=1, u8=1, s16=2, u16=2, bf16=2, f16=2, s32=4, u32=4, f32=4, s64=8, u64=8, f64=8, c64=8)
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
+_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+
+
+class Instruction(NamedTuple):
+  name: str
+  type: str  # of its result, as written
+  op: str
+  rest: str  # operands and attributes
+
+
+class Buffer(NamedTuple):
+  """An array as it lies in memory."""
+
+  text: str
+  bytes: int  # of its elements
+  padded: int  # with what tiling adds
+  on_chip: bool  # in the core's own memory, not in HBM
+
+
+def computations(text):
+  """({name: [Instruction]}, name of the entry) of an optimised HLO module's text."""
+  found, entry, current = {}, None, None
+  for line in text.splitlines():
+    head = _COMPUTATION.match(line)
+    if head:
+      current = found.setdefault(head[2], [])
+      entry = head[2] if head[1] else entry
+    elif current is not None and (match := _INSTRUCTION.match(line)):
+      current.append(Instruction(*match.groups()))
+  return found, entry
+
+
+def runs(text):
+  """[(Instruction, how often it runs, whether it is part of a fusion)] of a module."""
+  table, entry = computations(text)
+  found = []
+
+  def visit(name, times, fused):
+    for i in table.get(name, ()):
+      found.append((i, times, fused))
+      if i.op == "while":
+        body, condition = (re.search(rf"{part}=%?([\w.\-]+)", i.rest)[1] for part in ("body", "condition"))
+        visit(body, times * _trips(i, table, condition), fused)
+      else:
+        for one, many in _CALLED.findall(i.rest):
+          for callee in [one] if one else [part.strip().lstrip("%") for part in many.split(",")]:
+            # Of an addition that a reduction is made of there is nothing to be told.
+            if i.op in ("fusion", "call", "conditional", "async-start"):
+              visit(callee, times, fused or i.op == "fusion")
+
+  visit(entry, 1, False)
+  return found
+
+
+def _trips(loop, table, condition):
+  known = re.search(r'known_trip_count[^\d]*(\d+)', loop.rest)
+  if known:
+    return int(known[1])
+  # i < n, with n in the condition, or in what it calls.
+  numbers, names = [], [condition]
+  while names:
+    for i in table.get(names.pop(), ()):
+      numbers += [int(n) for n in re.findall(r"^(\d+)\)", i.rest)] if i.op == "constant" else []
+      names += [one for one, _ in _CALLED.findall(i.rest) if one]
+  return max(numbers, default=1)
+
+
+def buffers(type_):
+  """The arrays of a type."""
+  found = []
+  for dtype, dims, layout, memory in _ARRAY.findall(type_):
+    if dtype not in _BYTES:
+      continue
+    shape = [int(n) for n in dims.split(",") if n]
+    padded = list(shape)
+    tile = re.match(r"T\(([\d,]+)\)", memory)
+    if tile and shape:
+      minor_first = [int(n) for n in layout.split(",")]
+      for axis, size in zip(minor_first, reversed([int(n) for n in tile[1].split(",")])):
+        padded[axis] = -(-shape[axis] // size) * size
+    size = _BYTES[dtype]
+    found.append(Buffer(f"{dtype}[{dims}]", size * math.prod(shape), size * math.prod(padded),
+                        re.search(r"S\([1-9]\)", memory) is not None))
+  return found
+
+
+def cycles(found):
+  """The compiler's own estimate of a program's cycles, loops counted as `runs` (its argument) has them."""
+  return sum(times * int(n) for i, times, fused in found if not fused
+             for n in re.findall(r'"estimated_cycles":"(\d+)"', i.rest)[:1])
+
+
+# Bytes that a chip sends for results of `size` bytes in a group of g.
+_SENT = {
+    "all-gather": lambda size, g: size * (g - 1) / g, "all-reduce": lambda size, g: 2 * size * (g - 1) / g,
+    "reduce-scatter": lambda size, g: size * (g - 1), "all-to-all": lambda size, g: size * (g - 1) / g,
+    "collective-permute": lambda size, g: size, "send": lambda size, g: size}
+
+
+def collectives(found):
+  """{kind: (how many run, bytes that a chip sends)}; "send" is what crosses from slice to slice."""
+  table, seen = {}, set()
+  for i, times, _ in found:
+    kind = i.op.removesuffix("-start")
+    channel = re.search(r"channel_id=(\d+)", i.rest)
+    # One that is spread over several fusions, to hide it behind them, is written in each of them.
+    if kind not in _SENT or channel and channel[1] in seen:
+      continue
+    seen |= {channel[1]} if channel else set()
+    sizes = [b.bytes for b in buffers(i.type)]
+    size = max(sizes, default=0) if i.op != kind else sum(sizes)  # what has started carries its operand along
+    count, total = table.get(kind, (0, 0))
+    table[kind] = count + times, total + times * _SENT[kind](size, _group(i.rest))
+  return table
+
+
+def _group(rest):
+  """How many take part in a collective."""
+  axes = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest)
+  if axes:
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
+    return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes[2]) if name in sizes)
+  iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
+  if iota:
+    return int(iota[2])
+  listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+  return len(listed[1].split(",")) if listed else 1
+
+
+def padded(found, *, least=2.0, smallest=1 << 20):
+  """{Buffer}: arrays in HBM that tiling makes `least` times larger, of at least `smallest` bytes then."""
+  return {b for i, _, fused in found if not fused and i.op not in ("tuple", "get-tuple-element", "parameter", "while")
+          for b in buffers(i.type) if not b.on_chip and b.padded >= smallest and b.padded >= least * b.bytes}
