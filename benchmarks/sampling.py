@@ -22,7 +22,7 @@ def main():
   c = imagenet_dit.get_config("XL,repa-1nfe")
   for size in ("B", "XL"):
     head = gmm.GMHead(c.policy.components, c.data.shape[-1], c.network.patch, c.policy.logstd_width)
-    net = dit.DiT(head=head, remat=False, **dit.SIZES[size])
+    net = dit.DiT(head=head, remat="none", **dit.SIZES[size])
     x, t, labels = jnp.ones((batch, *c.data.shape)), jnp.ones(batch), jnp.zeros(batch, jnp.int32)
     shapes = jax.eval_shape(net.init, jax.random.key(0), x, t, labels)
     params = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), shapes)  # values do not change the time

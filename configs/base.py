@@ -18,6 +18,7 @@ def get_config():
   c.steps = 1000  # updates in all
   c.batch_size = 128  # over all devices and microbatches
   c.microbatches = 1  # gradient accumulation: the batch is worked through in so many parts
+  c.accumulator = "float32"  # what gradients of microbatches are summed in; or "bfloat16"
 
   c.data = ConfigDict()
   c.data.source = synthetic.source  # (split, shape, num_classes) -> random access to {"x_0", "cond"}
@@ -32,7 +33,10 @@ def get_config():
   c.network.time_scale, c.network.time_offset = 1000.0, 0.0
   c.network.frequency_shift = 0  # 1 for diffusers' own DiT
   c.network.mlp_norm_eps = 1e-5  # 1e-6 in facebookresearch/DiT, SiT and REPA
-  c.network.remat = True  # recompute a block's activations in its backward pass
+  # What a block's backward pass computes again: "full", all; "none"; or all but what a policy of jax.checkpoint_policies
+  # saves, e.g. "dots_with_no_batch_dims_saveable".
+  c.network.remat = "full"
+  c.network.attention = "auto"  # by platform; or "xla", "splash" and "flash" (TPU), "cudnn" (GPU)
   c.network.unroll = 1  # blocks in one turn of the loop over them; all of them is faster on a CPU, slower to compile
   c.network.dtype = "bfloat16"  # of the computation; parameters are float32
 
@@ -106,6 +110,7 @@ def get_config():
   # Devices along each axis; -1 infers one of data, fsdp, tensor. Samples are split over slices, data and fsdp, parameters
   # over fsdp and (by heads and hidden units) tensor.
   c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.mesh.slices = -1, 1, 1, 1
+  c.zero = False  # optimizer and EMA are split over data too, which no forward pass reads
   # Where parameters lie: (pattern that ends a path, axes of the mesh along its axes), of which the first that fits counts.
   c.sharding_rules = dit.SHARDING
 

@@ -38,7 +38,7 @@ def get_config(argument="student"):
   c.batch_size = 128
   c.data.source, c.data.shape, c.data.num_classes = digits.source, digits.SHAPE, digits.NUM_CLASSES
   # The noise level itself into the time embedding: MeanFlow differentiates by it, and a factor of 1000 would drown that.
-  c.network.update(depth=3, width=96, heads=3, time_scale=1.0, dtype="float32", remat=False, unroll=3)
+  c.network.update(depth=3, width=96, heads=3, time_scale=1.0, dtype="float32", remat="none", unroll=3)
   c.policy.update(components=8, logstd_width=128)
   c.evaluation.features = digit_features.extractor
   c.optimizer.update(learning_rate=2e-3, warmup_steps=100, clip_norm=1.0, schedule="cosine")

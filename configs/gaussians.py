@@ -20,7 +20,7 @@ def get_config(argument="gm,16"):
   c.steps = 1600
   c.data.source, c.data.shape, c.data.num_classes = gaussians.source, (1, 1, 2), 1  # points in a plane
   c.teacher.mixture = gaussians.mixture
-  c.network.update(depth=2, width=64, heads=2, patch=1, time_scale=1.0, dtype="float32", remat=False, unroll=2)
+  c.network.update(depth=2, width=64, heads=2, patch=1, time_scale=1.0, dtype="float32", remat="none", unroll=2)
   c.policy.update(components=int(n), logstd_width=64, dropout=0.0)
   c.flow.total_substeps = 64
   if policy == "dx":

@@ -18,6 +18,7 @@ from piflow_jax.distill import imitation as imitation_lib
 from piflow_jax.distill import meanflow as meanflow_lib
 from piflow_jax.distill import parallel_decoding as parallel_lib
 from piflow_jax.distill import segments as segments_lib
+from piflow_jax.models import attention
 from piflow_jax.models import dit
 from piflow_jax.models import layers
 from piflow_jax.policy import rollout as rollout_lib
@@ -119,7 +120,10 @@ def meanflow(config):
   c = config.meanflow
   if c.target not in ("data", "teacher"):
     raise errors.UserError(f'config.meanflow.target: {c.target!r} is neither "data" nor "teacher"')
-  net = _network(config, _velocity_head(config), two_times=True)
+  if config.network.attention not in ("auto", "xla"):
+    raise errors.UserError(f"config.network.attention: {config.network.attention} has no forward-mode derivative, which "
+                           "MeanFlow takes; set xla")
+  net = _network(config, _velocity_head(config), two_times=True, attention="xla")
   inputs = (*_inputs(config), jnp.zeros(1))
   network = lambda params, x, t, t_dst, cond: net.apply({"params": params}, x, t, cond, t_dst)
   classes = dict(num_classes=config.data.num_classes)
@@ -278,8 +282,8 @@ def _velocity_head(config):
 
 
 def _network(config, head, **extra):
-  arguments = {k: v for k, v in config.network.items() if k != "make"} | {"dtype": _dtype(config)}
-  return config.network.make(head=head, num_classes=config.data.num_classes, **arguments, **extra)
+  arguments = {k: v for k, v in config.network.items() if k != "make"} | {"dtype": _dtype(config)} | extra
+  return config.network.make(head=head, num_classes=config.data.num_classes, **arguments)
 
 
 def _apply(net):
@@ -322,6 +326,11 @@ def _check(config):
         f"config.teacher.guidance_scale: {config.teacher.guidance_scale} needs a network; an exact teacher has no guidance")
   if config.network.dtype not in ("float32", "bfloat16"):
     raise errors.UserError(f'config.network.dtype: {config.network.dtype!r} is neither "float32" nor "bfloat16"')
+  if config.accumulator not in ("float32", "bfloat16"):
+    raise errors.UserError(f'config.accumulator: {config.accumulator!r} is neither "float32" nor "bfloat16"')
+  if config.network.attention not in attention.KERNELS:
+    raise errors.UserError(
+        f"config.network.attention: {config.network.attention!r} is none of {', '.join(attention.KERNELS)}")
   if config.imitation.label not in ("euler", "midpoint"):
     raise errors.UserError(f'config.imitation.label: {config.imitation.label!r} is neither "euler" nor "midpoint"')
   height, width, _ = config.data.shape

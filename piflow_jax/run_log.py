@@ -12,7 +12,7 @@ from piflow_jax import errors
 # Fields that say how a run is watched, placed or how long it is, not what it computes: these may change on a restart.
 # (Not the length of a cosine schedule, which is in every step's learning rate.)
 _FREE = ("steps", "log_every", "eval_every", "eval_batches", "image_every", "checkpoint_every", "keep_checkpoints",
-         "keep_every", "profile_steps", "sharding_rules", "mesh.", "sampling.", "evaluation.")
+         "keep_every", "profile_steps", "sharding_rules", "zero", "network.remat", "network.unroll", "mesh.", "sampling.", "evaluation.")
 
 
 def _plain(value):

@@ -53,11 +53,33 @@ def constrain(x, *spec):
   return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(*spec))
 
 
-def shardings(tree, rules, mesh):
+def platform():
+  """What is being traced for, "tpu", "gpu" or "cpu": the mesh's devices, which need not be here, or JAX's own."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  found = device.platform if device else jax.default_backend()
+  return "gpu" if found in ("cuda", "rocm") else found
+
+
+def per_device(f, spec):
+  """f of arrays laid out as `spec` says, run by each device of the mesh that is being traced under on its own part."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return f
+  return lambda *args: jax.shard_map(f, in_specs=(spec,) * len(args), out_specs=spec, check_vma=False)(*args)
+
+
+def shardings(tree, rules, mesh, *, spread=()):
   """A NamedSharding for each leaf of a tree of shapes, by the first rule whose pattern ends the leaf's path.
 
   So the state of an optimizer, whose paths end in a parameter's, follows the parameter. Scalars are replicated.
 
+  Args:
+    tree: of shapes.
+    rules: (pattern, axes of the mesh for the leaf's).
+    mesh: see `make_mesh`.
+    spread: axes of the mesh over which a leaf is split too, along the first of its axes that they divide: ("data",) is
+      ZeRO (arXiv 1910.02054) for what no forward pass reads.
   Raises:
     ValueError: a leaf that no rule names: silence here would be a replicated 20B matrix.
   """
@@ -66,7 +88,7 @@ def shardings(tree, rules, mesh):
       return NamedSharding(mesh, P())
     for pattern, spec in rules:
       if re.search(f"(^|/)({pattern})$", name):
-        return NamedSharding(mesh, P(*_dividing(name, leaf.shape, spec, mesh)))
+        return NamedSharding(mesh, P(*_spread(leaf.shape, _dividing(name, leaf.shape, spec, mesh), spread, mesh)))
     raise ValueError(f"no sharding rule names {name} {leaf.shape}")
 
   return params_lib.map_with_path(place, tree)
@@ -78,6 +100,18 @@ def _dividing(name, shape, spec, mesh):
       raise errors.UserError(
           f"config.mesh.{axis}: {mesh.shape[axis]} does not divide {size}, an axis of {name}; choose one that does")
   return spec
+
+
+def _spread(shape, spec, axes, mesh):
+  parts = int(np.prod([mesh.shape[axis] for axis in axes]))
+  if parts == 1:
+    return spec
+  spec = [*spec, *(None,) * (len(shape) - len(spec))]
+  for i, (size, axis) in enumerate(zip(shape, spec)):
+    mine = (axis,) if axis else ()
+    if size % (parts * int(np.prod([mesh.shape[a] for a in mine]))) == 0:
+      return (*spec[:i], (*mine, *axes), *spec[i + 1:])
+  return spec  # too small to matter
 
 
 def place_batch(batch, mesh):

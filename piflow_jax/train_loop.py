@@ -42,24 +42,29 @@ def init_state(params, optimizer):
   return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
-def accumulate(objective, params, teacher_params, batch, keys, step, microbatches):
-  """Gradients and metrics of a batch [B, ...], averaged over microbatches that are worked through one by one."""
+def accumulate(objective, params, teacher_params, batch, keys, step, microbatches, dtype=jnp.float32):
+  """Gradients (summed in `dtype`) and metrics of a batch [B, ...], averaged over microbatches worked through one by one."""
   if microbatches == 1:
     return objective(params, teacher_params, batch, keys, step)
   # Every microbatch takes its samples from all devices: the axis that is split is the one that is not sharded.
   split = lambda x: jnp.swapaxes(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 0, 1)
   parts = jax.tree.map(split, (batch, keys))
-  one = lambda batch, keys: objective(params, teacher_params, batch, keys, step)
+
+  def one(batch, keys):
+    grads, metrics = objective(params, teacher_params, batch, keys, step)
+    return jax.tree.map(lambda g: g.astype(dtype), grads), metrics
+
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, *jax.tree.map(lambda x: x[0], parts)))
   total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(*part)), None), zeros, parts)
-  return jax.tree.map(lambda x: x / microbatches, total)
+  return jax.tree.map(lambda x: x.astype(jnp.float32) / microbatches, total)
 
 
-def train_step(state, teacher_params, batch, key, *, objective, optimizer, ema_gamma, ema_start, microbatches=1):
+def train_step(state, teacher_params, batch, key, *, objective, optimizer, ema_gamma, ema_start, microbatches=1,
+               accumulator=jnp.float32):
   """One update. Random draws come from (key, step, sample): key is the run's own and never changes."""
   batch_size = jax.tree.leaves(batch)[0].shape[0]
   keys = jax.random.split(jax.random.fold_in(key, state.step), batch_size)
-  grads, metrics = accumulate(objective, state.params, teacher_params, batch, keys, state.step, microbatches)
+  grads, metrics = accumulate(objective, state.params, teacher_params, batch, keys, state.step, microbatches, accumulator)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   decay = params_lib.ema_decay(state.step, gamma=ema_gamma, start=ema_start)
@@ -79,16 +84,18 @@ def compile_run(config, mesh, run):
   rules = build.sharding_rules(config)
   optimizer, rate = build.optimizer(config.optimizer, config.steps)
   everywhere, split = sharding.replicated(mesh), jax.sharding.NamedSharding(mesh, sharding.BATCH)
-  place = lambda tree: jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding.shardings(tree, rules, mesh))
+  place = lambda tree, **more: jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding.shardings(tree, rules, mesh, **more))
   spots = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
   teacher = None if run.teacher_shapes is None else place(run.teacher_shapes)
   init = lambda key, teacher_params: init_state(run.init(key, teacher_params), optimizer)
-  state = place(jax.eval_shape(init, jax.random.key(0), teacher))
+  state = jax.eval_shape(init, jax.random.key(0), teacher)
+  unread = dict(spread=("slice", "data") if config.zero else ())
+  state = TrainState(place(state.step), place(state.params), place(state.ema, **unread), place(state.opt_state, **unread))
 
   step = functools.partial(
       train_step, objective=run.objective, optimizer=optimizer, ema_gamma=config.ema.gamma, ema_start=config.ema.start,
-      microbatches=config.microbatches)
+      microbatches=config.microbatches, accumulator=jnp.dtype(config.accumulator))
 
   def evaluate(params, teacher_params, batch, key):
     keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
@@ -128,7 +135,7 @@ def train(config, workdir):
     errors.NotFinite: a loss that is not finite.
   """
   mesh = sharding.make_mesh(**config.mesh)
-  _check_batch(config, mesh)
+  check_batch(config, mesh)
   run = build.run(config)
   jitted = compile_run(config, mesh, run)
   source = functools.partial(config.data.source, shape=config.data.shape, num_classes=config.data.num_classes)
@@ -266,7 +273,8 @@ def load_teacher(config, shapes):
   return checkpoint.load_weights(c.checkpoint, shapes, c.weights, "config.teacher.checkpoint")
 
 
-def _check_batch(config, mesh):
+def check_batch(config, mesh):
+  """Raises errors.UserError: the batch does not divide over the mesh."""
   parts = sharding.sample_parts(mesh) * config.microbatches
   if config.microbatches < 1 or config.batch_size < 1 or config.batch_size % parts:
     raise errors.UserError(

@@ -46,6 +46,7 @@ class Block(nn.Module):
   heads: int
   mlp_ratio: int
   mlp_norm_eps: float
+  attention: str
   dtype: Any
 
   @nn.compact
@@ -59,7 +60,7 @@ class Block(nn.Module):
     # Between layers a sample's tokens are where the sample is.
     x = sharding.constrain(x, sharding.SAMPLES)
     y = _modulate(norm(epsilon=1e-6)(x), shift_a, scale_a)
-    x = x + gate_a[:, None] * layers.Attention(self.heads, self.dtype, name="attention")(y)
+    x = x + gate_a[:, None] * layers.Attention(self.heads, self.dtype, self.attention, name="attention")(y)
     y = _modulate(norm(epsilon=self.mlp_norm_eps)(x), shift_m, scale_m)
     x = x + gate_m[:, None] * layers.Mlp(self.mlp_ratio * dim, self.dtype, name="mlp")(y)
     return x, None
@@ -80,6 +81,9 @@ class DiT(nn.Module):
       the next one (facebookresearch/DiT and all that follow it).
     unroll: blocks in one turn of the loop over them: more compile slower, and on a CPU run up to twice as fast.
     two_times: the network is also told where it goes, t_dst [B], by a second embedding of the span t - t_dst (MeanFlow).
+    remat: what a block's backward pass computes again: "full", all of it; "none"; or what a policy of
+      jax.checkpoint_policies leaves over, "dots_with_no_batch_dims_saveable" say.
+    attention: see `attention.attention`.
     mlp_norm_eps: 1e-6 (facebookresearch/DiT, SiT, REPA) or 1e-5 (the authors' diffusers-based models).
   """
 
@@ -94,7 +98,8 @@ class DiT(nn.Module):
   time_offset: float = 0.0
   frequency_shift: int = 0
   mlp_norm_eps: float = 1e-5
-  remat: bool = True
+  remat: str = "full"
+  attention: str = "auto"
   unroll: int = 1
   two_times: bool = False
   dtype: Any = jnp.float32
@@ -122,10 +127,11 @@ class DiT(nn.Module):
     embedding = (embedding[None] if by_block else embedding) + table(labels)  # [B, D], or [depth + 1, B, D]
     of_blocks, embedding = (embedding[:-1], embedding[-1]) if by_block else (embedding, embedding)
 
-    block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+    block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=layers.remat_policy(self.remat))
     scan = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
                    in_axes=0 if by_block else nn.broadcast, length=self.depth, unroll=self.unroll)
-    tokens, _ = scan(self.heads, self.mlp_ratio, self.mlp_norm_eps, self.dtype, name="blocks")(tokens, of_blocks)
+    tokens, _ = scan(
+        self.heads, self.mlp_ratio, self.mlp_norm_eps, self.attention, self.dtype, name="blocks")(tokens, of_blocks)
 
     zeros = nn.initializers.zeros_init()
     modulation = dense(2 * self.width, kernel_init=zeros, name="adaln_out")(nn.silu(embedding))

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from piflow_jax import errors
 from piflow_jax import sharding
+from piflow_jax.models import attention
 
 
 def sincos_positions(height, width, dim):
@@ -54,6 +56,18 @@ def gathered(*spec):
     return jax.lax.dot_general(x, sharding.constrain(kernel, *spec), *args, **kwargs)
 
   return dot_general
+
+
+def remat_policy(name):
+  """What the backward pass need not compute again: by a name of jax.checkpoint_policies, or nothing at all for "full".
+
+  Raises:
+    errors.UserError: no such policy, or one that wants arguments.
+  """
+  named = [n for n in dir(jax.checkpoint_policies) if n.endswith("_saveable")]
+  if name not in ("full", *named):
+    raise errors.UserError(f'config.network.remat: {name!r} is none of "none", "full", {", ".join(named)}')
+  return None if name == "full" else getattr(jax.checkpoint_policies, name)
 
 
 class Projection(nn.Module):
@@ -106,10 +120,16 @@ def copy_output_layer(teacher_head, head):
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention, [B, N, D] -> [B, N, D]. One kernel [D, 3, heads, head_dim] for q, k and v."""
+  """Multi-head self-attention, [B, N, D] -> [B, N, D]. One matrix [D, 3, heads, head_dim] for q, k and v.
+
+  Attributes:
+    heads: that D divides into.
+    kernel: see `attention.attention`.
+  """
 
   heads: int
   dtype: Any = jnp.float32
+  kernel: str = "auto"
 
   @nn.compact
   def __call__(self, x):
@@ -121,7 +141,7 @@ class Attention(nn.Module):
     qkv = dense((3, self.heads, dim // self.heads), kernel_init=split_init, dot_general=gathered(None, None, "tensor"),
                 name="qkv")(x)
     q, k, v = jnp.moveaxis(qkv, -3, 0)
-    y = jax.nn.dot_product_attention(q, k, v)
+    y = attention.attention(q, k, v, self.kernel)
     return dense(dim, axis=(-2, -1), kernel_init=nn.initializers.xavier_uniform(), dot_general=gathered("tensor"),
                  name="out")(y)
 

@@ -11,6 +11,7 @@ from piflow_jax import errors
 
 class Chip(NamedTuple):
   flops: float  # bfloat16
+  memory: float  # bytes of HBM that XLA has for a program
   hbm: float  # bytes a second
   link: float  # bytes a second
   network: float  # bytes a second
@@ -19,10 +20,10 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip(275e12, 1.2e12, 45e9, 6.25e9, 1.05e9),
-    "v5e": Chip(197e12, 0.82e12, 45e9, 6.25e9, 1.5e9),
-    "v5p": Chip(459e12, 2.77e12, 90e9, 6.25e9, 1.75e9),
-    "v6e": Chip(918e12, 1.64e12, 90e9, 12.5e9, 1.75e9),
+    "v4": Chip(275e12, 30.75 * 2**30, 1.2e12, 45e9, 6.25e9, 1.05e9),
+    "v5e": Chip(197e12, 15.75 * 2**30, 0.82e12, 45e9, 6.25e9, 1.5e9),
+    "v5p": Chip(459e12, 94.75 * 2**30, 2.77e12, 90e9, 6.25e9, 1.75e9),
+    "v6e": Chip(918e12, 31.25 * 2**30, 1.64e12, 90e9, 12.5e9, 1.75e9),
 }
 
 # Slices of so many chips, where people say "v5e-16". v4 and v5p are named by cores, two a chip.

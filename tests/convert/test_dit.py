@@ -32,7 +32,7 @@ FIELDS = {  # what each naming's weights mean
 def _config(head="gm", **network):
   c = base.get_config()
   c.data.shape, c.data.num_classes = (8, 8, 4), 10
-  c.network.update(depth=2, width=16, heads=2, time_scale=1.0, dtype="float32", remat=False)
+  c.network.update(depth=2, width=16, heads=2, time_scale=1.0, dtype="float32", remat="none")
   c.network.update(network)
   c.policy.update(components=4, logstd_width=16, points=3, intervals=6)
   if head == "teacher":

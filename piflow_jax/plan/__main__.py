@@ -1,0 +1,94 @@
+"""What a config would be on a TPU slice: compiled for it here, with no TPU attached.
+
+  python -m piflow_jax.plan --config=configs/imagenet_dit.py:XL,repa-1nfe --config.mesh.fsdp=16 --topology=v5e-16
+  python -m piflow_jax.plan --config=configs/imagenet_dit.py:XL,repa-1nfe --topology=v5p:4x4x4,v6e-256 --json=plan.json
+
+A slice is a generation (v4, v5e, v5p, v6e) and its shape, or its size; --slices=2 joins two of them. Several make one
+table. Memory is what XLA's compiler for TPUs says; FLOPs are counted in the traced step; the time of a step is the
+largest of: FLOPs at the chip's peak, the compiler's own estimate of its cycles, bytes sent over the links. It is a bound
+of what to hope for, not a measurement. Needs libtpu (make plan brings it), some minutes and 3 GB.
+Exit status: 0 everything fits; 1 something does not; 2 bad input.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+from absl import flags
+import jax
+
+from piflow_jax import errors
+from piflow_jax import main as program
+from piflow_jax.plan import compiled
+
+TOPOLOGY = flags.DEFINE_list("topology", None, "Slices, e.g. v5e-16,v5p:4x4x4.")
+SLICES = flags.DEFINE_integer("slices", 1, "So many of them, joined by the data-centre network; set config.mesh.slices alike.")
+SAMPLER = flags.DEFINE_bool("sampler", False, "Plan a call of the sampler, of config.evaluation.batch_size, not the training step.")
+JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+
+_GIB = 2**30
+
+
+def _main(argv):
+  del argv
+  if SLICES.value < 1:
+    raise errors.UserError(f"--slices: {SLICES.value} is less than 1")
+  plans = []
+  for topology in TOPOLOGY.value:
+    began = time.time()
+    print(f"{topology}: compiling ...", end=" ", file=sys.stderr, flush=True)
+    plans.append(compiled.plan(program.CONFIG.value, topology, slices=SLICES.value, sampler=SAMPLER.value))
+    print(f"{time.time() - began:.0f} s", file=sys.stderr, flush=True)
+  print(table(plans))
+  if JSON.value:
+    try:
+      pathlib.Path(JSON.value).write_text(json.dumps(plans, indent=1) + "\n")
+    except OSError as e:
+      raise errors.UserError(f"--json: cannot write {JSON.value!r} ({e})") from e
+  return 0 if all(p["fits"] for p in plans) else 1
+
+
+def table(plans):
+  """Plans side by side, as text."""
+  rows = [("", [p["topology"] for p in plans]),
+          ("chips", [str(p["chips"]) for p in plans]),
+          ("mesh", [" x ".join(f"{axis} {n}" for axis, n in p["mesh"].items() if n > 1) or "1" for p in plans]),
+          ("samples a step", [f"{p['samples']:,}" for p in plans])]
+  for kind in dict.fromkeys(kind for p in plans for kind in p["memory"]):
+    unit = "GiB a device, of HBM" if kind == "limit" else "GiB a device"
+    rows.append((f"{kind}, {unit}", [f"{p['memory'][kind] / _GIB:.2f}" if kind in p["memory"] else "" for p in plans]))
+  rows.append(("fits", [_fits(p) for p in plans]))
+  rows.append(("model PFLOP a step", [f"{p['model_flops'] / 1e15:.3g}" for p in plans]))
+  rows.append(("with recomputation", [f"{p['flops'] / 1e15:.3g}" for p in plans]))
+  for kind in dict.fromkeys(kind for p in plans for kind in p.get("collectives", ())):
+    at = [p.get("collectives", {}).get(kind) for p in plans]
+    rows.append((f"{kind}, GB sent a device", [f"{c['bytes'] / 1e9:.3g} in {c['count']}" if c else "" for c in at]))
+  for kind, what in (("peak", "at peak FLOPs"), ("compiler", "by the compiler's cycles"), ("links", "over the links"),
+                     ("network", "between slices"), ("step", "a step, at best")):
+    rows.append((f"seconds {what}", [f"{p['seconds'][kind]:.3g}" if "seconds" in p else "" for p in plans]))
+  rows.append(("MFU at that", [f"{p['mfu']:.0%}" if "mfu" in p else "" for p in plans]))
+  rows.append(("padded arrays (> 2 times)", [_padded(p) for p in plans]))
+  rows.append(("hours of the recipe", [f"{p['hours']:.3g}" if "hours" in p else "" for p in plans]))
+  rows.append(("chip-hours", [f"{p['chip_hours']:,.0f}" if "hours" in p else "" for p in plans]))
+  widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(plans))]
+  left = max(len(name) for name, _ in rows)
+  return "\n".join(f"{name:<{left}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths)) for name, cells in rows if any(cells))
+
+
+def _fits(plan):
+  spare = plan["memory"]["limit"] - plan["memory"]["total"]
+  return f"yes, {spare / _GIB:.2f} GiB left" if plan["fits"] else f"NO, by {-spare / _GIB:.2f} GiB"
+
+
+def _padded(plan):
+  if "padded" not in plan:
+    return ""
+  worst = plan["padded"][0] if plan["padded"] else None
+  return f"{len(plan['padded'])}, to {worst['padded'] / _GIB:.2f} GiB" if worst else "none"
+
+
+if __name__ == "__main__":
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold what is compiled for others
+  program.run(_main, required=("config", "topology"))

@@ -1,0 +1,127 @@
+"""A config's step compiled for a TPU slice that nobody has attached: what it takes up, sends and costs."""
+
+import math
+import os
+import re
+import sys
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+
+from piflow_jax import build
+from piflow_jax import errors
+from piflow_jax import sharding
+from piflow_jax import train_loop
+from piflow_jax.plan import chips
+from piflow_jax.plan import flops
+from piflow_jax.plan import hlo
+
+# So that the compiler's library looks for no TPU, and several may load it.
+_QUIET = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost",
+              TPU_WORKER_ID="0", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_LOG_DIR="disabled")
+
+
+def devices_of(said, slices):
+  """(chip, devices, name) of a slice that is only compiled for. Raises errors.UserError."""
+  kind, shape = chips.slice_name(said)
+  for name, value in _QUIET.items():
+    os.environ.setdefault(name, value)
+  options = {"num_slices": slices} if slices > 1 else {}
+  if math.prod(int(n) for n in shape.split("x")) == 1:
+    options["chips_per_host_bounds"] = (1, 1, 1)
+    shape = "1x1"
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **options).devices
+  except (RuntimeError, ValueError, NotImplementedError) as e:
+    raise errors.UserError(f"--topology: {kind}:{shape}: {str(e).splitlines()[0]}; and where libtpu is missing: "
+                           "pip install -r requirements-tpu.lock") from e
+  return chips.CHIPS[kind], found, f"{kind}:{shape}" + (f" x {slices}" if slices > 1 else "")
+
+
+def plan(config, topology, *, slices=1, sampler=False):
+  """What the training step of a config, or with `sampler` a call of its sampler, would be on a slice.
+
+  Returns:
+    A dict of plain values; bytes are of a device, FLOPs of a step over all of them, seconds of a step.
+  Raises:
+    errors.UserError: an unknown slice, or a mesh or batch that does not fit it.
+  """
+  chip, devices, name = devices_of(topology, slices)
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  train_loop.check_batch(config, mesh)
+  run = build.run(config)
+  jitted = train_loop.compile_run(config, mesh, run)
+  state, teacher = jitted["state"], jitted["teacher"]
+  if sampler:
+    n = config.evaluation.batch_size
+    batch = _placed(mesh, dict(noise=((n, *config.data.shape), jnp.float32), cond=((n,), jnp.int32)))
+    arguments = state.ema, teacher, batch["noise"], batch["cond"], _key()
+    trees = dict(parameters=state.ema, teacher=teacher, batch=batch)
+  else:
+    n = config.batch_size
+    batch = _placed(mesh, dict(x_0=((n, *config.data.shape), jnp.float32), cond=((n,), jnp.int32)))
+    arguments = state, teacher, batch, _key()
+    trees = dict(parameters=state.params, ema=state.ema, optimizer=state.opt_state, teacher=teacher, batch=batch)
+  memory = {kind: _bytes(tree) for kind, tree in trees.items()}
+  counted = _flops(config, mesh, arguments, sampler)
+  found = dict(topology=name, chips=len(devices) // chip.devices, mesh=dict(mesh.shape), samples=n, memory=memory,
+               model_flops=counted[0], flops=counted[1])
+  try:
+    compiled = jitted["draw" if sampler else "step"].lower(*arguments).compile()
+  except jax.errors.JaxRuntimeError as e:
+    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG])", str(e))
+    if "RESOURCE_EXHAUSTED" not in str(e) or not used:
+      raise
+    total, limit = (float(used[i]) * {"K": 2**10, "M": 2**20, "G": 2**30}[used[i + 1]] for i in (1, 3))
+    memory |= dict(activations=total - sum(memory.values()), total=total, limit=limit)
+    return found | dict(fits=False)
+  return found | _measured(compiled, memory, chip) | _times(compiled, chip, found, 0 if sampler else config.steps)
+
+
+def _measured(compiled, memory, chip):
+  m = compiled.memory_analysis()
+  total = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+           + m.generated_code_size_in_bytes)
+  memory |= dict(padding=m.argument_size_in_bytes - sum(memory.values()), program=m.generated_code_size_in_bytes,
+                 activations=m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes, total=total, limit=chip.memory)
+  return dict(fits=True, memory=memory)
+
+
+def _times(compiled, chip, found, steps):
+  runs = hlo.runs(compiled.as_text())
+  sent = hlo.collectives(runs)
+  links = sum(size for kind, (_, size) in sent.items() if kind != "send") / (2 * chip.link)
+  seconds = dict(peak=found["flops"] / (found["chips"] * chip.flops), compiler=hlo.cycles(runs) / chip.clock, links=links,
+                 network=sent.get("send", (0, 0))[1] / chip.network)
+  step = max(seconds.values())
+  waste = sorted(hlo.padded(runs), key=lambda b: b.bytes - b.padded)
+  recipe = dict(hours=steps * step / 3600, chip_hours=steps * step / 3600 * found["chips"]) if steps else {}
+  return dict(seconds=seconds | {"step": step}, mfu=found["model_flops"] / (found["chips"] * chip.flops * step),
+              collectives={kind: dict(count=count, bytes=size) for kind, (count, size) in sent.items()},
+              padded=[dict(array=b.text, bytes=b.bytes, padded=b.padded) for b in waste], **recipe)
+
+
+def _flops(config, mesh, arguments, sampler):
+  """(FLOPs of the model, those with what the backward pass computes again)."""
+  def count(**network):
+    c = config.copy_and_resolve_references()
+    with c.unlocked():
+      c.network.update(network, attention="xla")  # whose products can be counted
+    return flops.count(train_loop.compile_run(c, mesh, build.run(c))["draw" if sampler else "step"], *arguments)
+
+  return count(remat="none"), count()
+
+
+def _placed(mesh, arrays):
+  split = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+  return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in arrays.items()}
+
+
+def _key():
+  return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _bytes(tree):
+  """Of the part of a tree that one device holds."""
+  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
