@@ -10,7 +10,7 @@ DEVICES ?= $(shell $(PYTHON) -c 'import os; print(max(n for n in (1, 2, 4, 8) if
 CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 JAX_NUM_CPU_DEVICES=$(DEVICES)
 
-.PHONY: demo compare analytic test test-torch quick lock clean help
+.PHONY: demo compare analytic plan test test-torch quick lock clean help
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -33,6 +33,11 @@ help:  ## what there is to make
 	@.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
+.libtpu/ready: .venv/ready requirements-tpu.lock
+	@echo "== TPU compiler: libtpu into .libtpu (not into the environment, where JAX would look for TPUs by it)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target .libtpu --upgrade -r requirements-tpu.lock
+	@touch $@
+
 demo: .venv/ready  ## teacher, one-call student, samples and report on real handwritten digits
 	@echo "== 1/3 teacher: a DiT by flow matching -> $(RUNS)/teacher"
 	@$(CACHE) $(PY) -m piflow_jax.main --config=configs/digits.py:teacher --workdir=$(RUNS)/teacher
@@ -51,7 +56,10 @@ compare: .venv/ready  ## every few-step method at the same compute, three seeds 
 analytic: .venv/ready  ## students against an exactly known flow, by their size and training
 	@$(CACHE) $(PY) -m piflow_jax.evaluation.analytic --config=configs/gaussians.py --workdir=runs/gaussians $(ARGS)
 
-test: .venv/ready  ## all tests
+plan: .libtpu/ready  ## what a config would be on a TPU slice: make plan ARGS="--config=... --topology=v5e-16"
+	@PYTHONPATH=.libtpu $(PY) -m piflow_jax.plan $(ARGS)
+
+test: .venv/ready .libtpu/ready  ## all tests
 	@$(PY) -m pytest -n 2 --dist loadfile -q tests --ignore=tests/parity
 
 test-torch: .venv-torch/ready  ## the tests against PyTorch, in an environment of their own
@@ -64,4 +72,4 @@ lock: .venv/ready  ## write what is installed to requirements.lock
 	@$(PY) -m pip freeze --exclude-editable --all --exclude pip > requirements.lock
 
 clean:  ## remove environment, caches and runs
-	rm -rf .venv .venv-torch .jax_cache runs *.egg-info
+	rm -rf .venv .venv-torch .libtpu .jax_cache runs *.egg-info

@@ -333,6 +333,8 @@ def _check(config):
         f"config.network.attention: {config.network.attention!r} is none of {', '.join(attention.KERNELS)}")
   if config.imitation.label not in ("euler", "midpoint"):
     raise errors.UserError(f'config.imitation.label: {config.imitation.label!r} is neither "euler" nor "midpoint"')
+  if len(config.data.shape) != 3:
+    raise errors.UserError(f"config.data.shape: {tuple(config.data.shape)} is not height, width, channels")
   height, width, _ = config.data.shape
   if height % config.network.patch or width % config.network.patch:
     raise errors.UserError(

@@ -21,6 +21,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+  parser.addoption("--all-meshes", action="store_true", help="one device equals eight in every mesh of eight, not in some")
+
+
 @pytest.fixture
 def x64():
   with jax.enable_x64(True):

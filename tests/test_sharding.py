@@ -63,3 +63,23 @@ def test_layouts_are_asked_for_where_there_is_a_mesh():
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     text = jax.jit(lambda x: sharding.constrain(x * 2, sharding.SAMPLES)).lower(x).as_text()
   assert "sharding_constraint" in text
+
+
+def test_what_is_spread_takes_the_first_axis_that_divides():
+  mesh = sharding.make_mesh(4, 2)
+  rules = ((r"kernel", (None, "fsdp")), (r".*", ()))
+  tree = _tree(kernel=(3, 16), other=(3, 8), small=(3,)) | {"kernel_": _tree(kernel=(8, 6))}
+  specs = jax.tree.map(lambda s: s.spec, sharding.shardings(tree, rules, mesh, spread=("data",)))
+  assert specs == {"kernel": P(None, ("fsdp", "data")), "other": P(None, ("data",)), "small": P(None),
+                   "kernel_": {"kernel": P(("data",), "fsdp")}}
+
+
+def test_each_device_its_own_part():
+  assert sharding.platform() == "cpu"
+  mesh = sharding.make_mesh(2, 2, 2)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    split = jax.sharding.NamedSharding(mesh, P(sharding.SAMPLES, "tensor"))
+    sizes = sharding.per_device(lambda x: x + x.shape[0] * 10 + x.shape[1], split.spec)
+    parts = jax.jit(sizes, in_shardings=split)(jnp.zeros((8, 6)))
+  assert (parts == 23).all()
+  assert (sharding.per_device(jnp.sin, P())(jnp.ones(3)) == jnp.sin(1)).all()

@@ -57,22 +57,27 @@ def _close(a, b, rtol):
     np.testing.assert_allclose(x, y, rtol=0, atol=rtol * max(np.abs(y).max(), 1e-3), err_msg=str(path))
 
 
-# (data, fsdp, tensor, slices) of 8 devices; the tiny network's two heads are split at most in two.
+# (data, fsdp, tensor, slices) of 8 devices: some of a student, whose two heads are split at most in two; of a teacher with
+# eight heads more of them, or with --all-meshes all there are of one slice.
+_SOME = ((8, 1), (1, 8), (1, 1, 8), (4, 2, 1), (1, 2, 4))
+_ALL = tuple((data, fsdp, 8 // data // fsdp) for data in (1, 2, 4, 8) for fsdp in (1, 2, 4, 8) if data * fsdp <= 8)
 _MESHES = ((8, 1), (1, 8), (2, 2, 2), (4, 1, 2), (1, 2, 2, 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["teacher", "student", "dx", "parallel", "meanflow"])
-def test_one_device_equals_eight(role, tiny_teacher):
+def test_one_device_equals_eight(role, tiny_teacher, request):
   # Window and mixing on, so that every branch of the segment is in the step. Sums run in another order on a mesh; Adam
   # divides by the root of a tiny second moment, which carries float32 rounding of a gradient near zero into a parameter.
   fields = dict(imitation__window_substeps=2, imitation__num_decay_steps=6, flow__nfe=2, optimizer__clip_norm=1.0)
-  runs = {}
-  meshes = _MESHES if role == "student" else ((8, 1),) if role == "teacher" else ((2, 4),)
+  runs, more = {}, dict(network__heads=8) if role == "teacher" else {}
+  meshes = _MESHES if role == "student" else ((2, 4),)
+  if role == "teacher":
+    meshes = _ALL if request.config.getoption("all_meshes") else _SOME
   for sizes in ((1, 1), *meshes):
     devices = jax.devices()[: math.prod(sizes)]
     mesh = sharding.make_mesh(*sizes, devices=devices)
-    state, losses, _ = _steps(tiny.config(role, **fields), mesh, 5, tiny_teacher, 0.0 if role == "teacher" else 0.1)
+    state, losses, _ = _steps(tiny.config(role, **fields, **more), mesh, 10, tiny_teacher, 0.0 if role == "teacher" else 0.1)
     runs[sizes] = jax.device_get((state.params, state.ema)), losses
   for sizes in meshes:
     np.testing.assert_allclose(runs[sizes][1], runs[1, 1][1], rtol=2e-5)
@@ -113,6 +118,36 @@ def test_lean_moments_train_alike_and_lie_where_their_parameters_do(moments, nby
   assert "fsdp" in leaves[name].sharding.spec and leaves[name].dtype == moments
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state))
   assert size < nbytes * 1.1 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.slow
+def test_zero_splits_what_no_forward_pass_reads_and_changes_nothing():
+  fields = dict(network__width=64, mesh__data=4, mesh__fsdp=2)
+  mesh = sharding.make_mesh(4, 2)
+  state, losses, jitted = _steps(tiny.config("teacher", **fields, zero=True), mesh, 5)
+  want, want_losses, _ = _steps(tiny.config("teacher", **fields), mesh, 5)
+  np.testing.assert_allclose(losses, want_losses, rtol=2e-5)
+  _close(jax.device_get((state.params, state.ema)), jax.device_get((want.params, want.ema)), 2e-4)
+  spec = {name: leaf.sharding.spec for name, leaf in params_lib.named_leaves(state).items()}
+  for name in ("ema/blocks/mlp/in/kernel", "opt_state/1/0/nu/blocks/mlp/in/kernel"):
+    assert spec[name] == jax.P(None, ("fsdp", "slice", "data"), "tensor"), name
+  assert spec["params/blocks/mlp/in/kernel"] == jitted["state"].params["blocks"]["mlp"]["in"]["kernel"].sharding.spec
+  assert "data" not in str(spec["params/blocks/mlp/in/kernel"])
+  held = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+  assert held(state.ema) < held(want.ema) / 4 * 1.1
+
+
+def test_a_sum_in_half_precision_is_near_and_no_more():
+  def grads(dtype):
+    objective = lambda params, teacher, batch, keys, step: ({"w": batch.mean(0) * params["w"]}, {"loss": batch.mean()})
+    batch = jax.random.uniform(jax.random.key(0), (64, 100))
+    keys = jax.random.split(jax.random.key(1), 64)
+    return train_loop.accumulate(objective, {"w": jnp.ones(100)}, None, batch, keys, jnp.array(0), 16, dtype)[0]["w"]
+
+  exact, half = grads(jnp.float32), grads(jnp.bfloat16)
+  assert half.dtype == jnp.float32
+  # Sixteen roundings to 8 bits of sums of up to 16 parts.
+  assert 1e-4 < np.abs(half / exact - 1).max() < 16 * 2**-8
 
 
 def test_parameters_are_stored_in_parts():

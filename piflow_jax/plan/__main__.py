@@ -37,9 +37,9 @@ def _main(argv):
   plans = []
   for topology in TOPOLOGY.value:
     began = time.time()
-    print(f"{topology}: compiling ...", end=" ", file=sys.stderr, flush=True)
+    print(f"{topology}: compiling, a minute or two", file=sys.stderr, flush=True)
     plans.append(compiled.plan(program.CONFIG.value, topology, slices=SLICES.value, sampler=SAMPLER.value))
-    print(f"{time.time() - began:.0f} s", file=sys.stderr, flush=True)
+    print(f"{topology}: {time.time() - began:.0f} s", file=sys.stderr, flush=True)
   print(table(plans))
   if JSON.value:
     try:

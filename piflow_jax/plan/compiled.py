@@ -70,13 +70,24 @@ def plan(config, topology, *, slices=1, sampler=False):
   try:
     compiled = jitted["draw" if sampler else "step"].lower(*arguments).compile()
   except jax.errors.JaxRuntimeError as e:
-    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG])", str(e))
-    if "RESOURCE_EXHAUSTED" not in str(e) or not used:
+    total, limit = _too_much(str(e), sum(memory.values()))
+    if limit is None:
       raise
-    total, limit = (float(used[i]) * {"K": 2**10, "M": 2**20, "G": 2**30}[used[i + 1]] for i in (1, 3))
     memory |= dict(activations=total - sum(memory.values()), total=total, limit=limit)
     return found | dict(fits=False)
   return found | _measured(compiled, memory, chip) | _times(compiled, chip, found, 0 if sampler else config.steps)
+
+
+def _too_much(message, arguments):
+  """(bytes wanted, bytes there) of the compiler's refusal; Nones of any other message."""
+  size = r"\(?([\d.]+)([KMG])\)?"
+  used = re.search(f"Used {size} of {size} hbm", message)
+  temporaries = re.search(f"temporaries {size} exceeds available HBM {size}", message)
+  if not (used or temporaries):
+    return None, None
+  number, unit, there, unit_there = (used or temporaries).groups()
+  scale = {"K": 2**10, "M": 2**20, "G": 2**30}
+  return float(number) * scale[unit] + (0 if used else arguments), float(there) * scale[unit_there]
 
 
 def _measured(compiled, memory, chip):

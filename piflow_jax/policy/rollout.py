@@ -6,6 +6,9 @@ import jax.numpy as jnp
 from piflow_jax import flow
 
 
+_SHORT = 16  # substeps
+
+
 def count_substeps(tau_src, tau_dst, total_substeps):
   """n = round((tau_src - tau_dst) total), half to even as in the authors' code; [B] floats, at times below 1."""
   return jnp.round((tau_src - tau_dst) * total_substeps)
@@ -38,8 +41,10 @@ def rollout(policy, x, tau_src, tau_dst, *, shift=1.0, total_substeps=128, max_s
       step = jnp.where(i < n, t_next - t, 0)
       return x + flow.broadcast_to(step, x) * policy.velocity(x, t)
 
-    # Training stretches are short of the bound: what no sample needs is not computed. Backwards only x is remembered.
-    substep = jax.checkpoint(lambda x, i: jax.lax.cond(i < n_max, advance, lambda x, i: x, x, i), prevent_cse=False)
+    # Training stretches are short of the bound: what no sample needs is not computed. (Of a short bound little is spared,
+    # and the derivative of what is left out would be zeros of the policy's size.) Backwards only x is remembered.
+    skip = lambda x, i: jax.lax.cond(i < n_max, advance, lambda x, i: x, x, i)
+    substep = jax.checkpoint(skip if len(steps) > _SHORT else advance, prevent_cse=False)
     return jax.lax.scan(lambda x, i: (substep(x, i), None), x, steps)[0]
 
   by_position = getattr(policy, "by_position", lambda integrate, *args: integrate(policy, *args))

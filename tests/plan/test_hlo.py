@@ -1,0 +1,80 @@
+"""What is read out of a compiled program, against programs whose figures are known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from piflow_jax import errors
+from piflow_jax.plan import chips
+from piflow_jax.plan import hlo
+
+# Cut down from a step compiled for v5e.
+_TEXT = """
+HloModule jit_step, is_scheduled=true
+
+%region_add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+}
+
+%fused (p: bf16[8,128]) -> bf16[16,128] {
+  %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.1 = bf16[16,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+}
+
+%fused_again (p: bf16[8,128]) -> bf16[16,128] {
+  ROOT %all-gather.2 = bf16[16,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+}
+
+%cond (s: (s32[], f32[512,16,2,4])) -> pred[] {
+  %constant.3 = s32[]{:T(128)} constant(28)
+  ROOT %compare = pred[]{:T(512)} compare(%i, %constant.3), direction=LT
+}
+
+%body (s: (s32[], f32[512,16,2,4])) -> (s32[], f32[512,16,2,4]) {
+  %fusion.1 = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
+  %fusion.2 = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kLoop, calls=%fused_again, backend_config={"estimated_cycles":"10"}
+  %wide = f32[512,16,2,4]{3,2,1,0:T(8,128)} copy(%y), backend_config={"estimated_cycles":"1"}
+  %near = f32[512,16,2,4]{3,2,1,0:T(8,128)S(1)} copy(%y)
+  %good = f32[512,16,2,4]{0,1,2,3:T(8,128)} copy(%y)
+}
+
+ENTRY %main (p: f32[]) -> f32[] {
+  %while.1 = (s32[]{:T(128)}, f32[512,16,2,4]{3,2,1,0:T(8,128)}) while(%t), condition=%cond, body=%body
+  %all-reduce.1 = (f32[100]{0:T(128)}, f32[28]{0:T(128)}) all-reduce(%a, %b), channel_id=8, replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, to_apply=%region_add
+  %collective-permute-start.1 = (f32[64]{0:T(128)}, f32[64]{0:T(128)}, u32[]{:T(128)}) collective-permute-start(%a), channel_id=9
+  %unknown = f32[]{:T(128)} copy(%x), backend_config={"estimated_cycles":"9223372036854775807"}
+  ROOT %r = f32[]{:T(128)} fusion(%x), kind=kLoop, calls=%region_add, backend_config={"estimated_cycles":"5"}
+}
+"""
+
+
+def test_loops_count_by_their_length_and_collectives_once_a_channel():
+  runs = hlo.runs(_TEXT)
+  assert hlo.cycles(runs) == 28 * 111 + 5
+  assert hlo.collectives(runs) == {
+      "all-gather": (28, 28 * 16 * 128 * 2 / 2), "all-reduce": (1, 2 * 128 * 4 * 3 / 4), "collective-permute": (1, 256.0)}
+
+
+def test_what_tiling_adds():
+  wasted = hlo.padded(hlo.runs(_TEXT))
+  # Its last two axes, 2 x 4, lie in tiles of 8 x 128; what is laid out the other way round, or on the chip, is left out.
+  assert {(b.text, b.bytes, b.padded) for b in wasted} == {("f32[512,16,2,4]", 512 * 16 * 8 * 4, 512 * 16 * 8 * 128 * 4)}
+
+
+def test_a_compiled_loop_is_read_as_often_as_it_runs():
+  f = lambda x: jax.lax.scan(lambda x, _: (jnp.sin(x @ x), None), x, None, length=13)[0]
+  runs = hlo.runs(jax.jit(f).lower(jnp.ones((64, 64))).compile().as_text())
+  assert 13 in {times for i, times, _ in runs if i.op == "dot" or "dot" in i.name}
+
+
+@pytest.mark.parametrize("said, name", [
+    ("v5e:4x4", ("v5e", "4x4")), ("v5e-16", ("v5e", "4x4")), ("v5litepod-16", ("v5e", "4x4")), ("v6e-256", ("v6e", "16x16")),
+    ("v5p:8x8x8", ("v5p", "8x8x8")), ("v5p-128", ("v5p", "4x4x4")), ("v4-8", ("v4", "2x2x1"))])
+def test_slices_by_shape_or_size(said, name):
+  assert chips.slice_name(said) == name
+
+
+@pytest.mark.parametrize("said", ["v5e", "v5e-17", "h100-8", "v7:2x2", ""])
+def test_slices_that_there_are_not(said):
+  with pytest.raises(errors.UserError, match="--topology: .* is no slice known here"):
+    chips.slice_name(said)

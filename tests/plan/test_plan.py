@@ -1,0 +1,81 @@
+"""The program itself, on slices that nobody has attached."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import tiny
+
+_FIELDS = ["--config=configs/imagenet_dit.py:tiny,repa-1nfe", "--config.network.depth=2"]
+
+
+def _plan(*arguments, shape="(8,8,4)"):
+  path = os.pathsep.join([str(tiny.ROOT / ".libtpu"), str(tiny.ROOT)])
+  env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")} | {"PYTHONPATH": path}
+  command = [sys.executable, "-m", "piflow_jax.plan", *_FIELDS, f"--config.data.shape={shape}", *arguments]
+  done = subprocess.run(command, cwd=tiny.ROOT, env=env, text=True, capture_output=True, timeout=600)
+  return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_step_on_two_kinds_of_slices(tmp_path):
+  status, out, err = _plan("--topology=v5e-16,v5p:2x2x2", "--config.mesh.fsdp=4", "--config.batch_size=128",
+                           f"--json={tmp_path / 'plan.json'}")
+  assert status == 0, err
+  plans = json.loads((tmp_path / "plan.json").read_text())
+  assert [(p["topology"], p["chips"], p["mesh"]["data"], p["mesh"]["fsdp"]) for p in plans] == [
+      ("v5e:4x4", 16, 4, 4), ("v5p:2x2x2", 8, 2, 4)]
+  for p in plans:
+    memory = dict(p["memory"])
+    total, limit = memory.pop("total"), memory.pop("limit")
+    assert sum(memory.values()) == total < limit and p["fits"] and memory["padding"] >= 0
+    # AdamW's two moments in float32, and its counts; the average is a copy of the parameters.
+    assert memory["ema"] == memory["parameters"] and 0 <= memory["optimizer"] - 2 * memory["parameters"] < 64
+    assert p["flops"] > p["model_flops"] > 0 and p["seconds"]["step"] == max(
+        v for k, v in p["seconds"].items() if k != "step")
+    # Matrices are brought together, not sent round in parts.
+    assert p["collectives"]["all-gather"]["bytes"] > 0 and "collective-permute" not in p["collectives"]
+    assert p["hours"] * p["chips"] == pytest.approx(p["chip_hours"])
+  assert plans[0]["model_flops"] == plans[1]["model_flops"]
+  for words in ("v5p:2x2x2", "data 4 x fsdp 4", "optimizer, GiB a device", "MFU", "chip-hours"):
+    assert words in out
+
+
+@pytest.mark.slow
+def test_leaner_state_shows(tmp_path):
+  def memory(name, *arguments):
+    status, _, err = _plan("--topology=v5e-16", "--config.batch_size=128", f"--json={tmp_path / name}", *arguments)
+    assert status == 0, err
+    return json.loads((tmp_path / name).read_text())[0]["memory"]
+
+  plain, lean = memory("plain"), memory("lean", "--config.zero=true", "--config.optimizer.moments=bfloat16")
+  assert lean["parameters"] == plain["parameters"]
+  # 4 + 2 bytes for each 4 + 4, over 16 devices all but what is too small for so many parts.
+  assert lean["optimizer"] < plain["optimizer"] * 0.75 / 16 * 1.2 and lean["ema"] < plain["ema"] / 16 * 1.2
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_says_by_how_much(tmp_path):
+  status, out, err = _plan("--topology=v5e-1", "--config.batch_size=256", "--config.network.attention=xla",
+                           f"--json={tmp_path / 'plan.json'}", shape="(128,128,4)")
+  assert status == 1, err
+  plan, = json.loads((tmp_path / "plan.json").read_text())
+  assert not plan["fits"] and plan["memory"]["total"] > plan["memory"]["limit"] == 15.75 * 2**30
+  assert "NO, by" in out and "MFU" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments, words", [
+    (["--topology=v5e-17"], ["--topology", "v5e-17"]),
+    ([], ["--topology"]),
+    (["--topology=v5e-16", "--config.mesh.fsdp=3"], ["config.mesh", "16 devices"]),
+    (["--topology=v5e-16", "--config.batch_size=100"], ["config.batch_size", "100"]),
+    (["--topology=v5e-16", "--slices=0"], ["--slices"])])
+def test_bad_input_is_told_in_one_line(arguments, words):
+  status, out, err = _plan(*arguments)
+  last = err.strip().splitlines()[-1]
+  assert status == 2 and "Traceback" not in err and last.startswith("error: "), err
+  assert all(word in last for word in words), err
