@@ -55,7 +55,9 @@ class Block(nn.Module):
     norm = functools.partial(nn.LayerNorm, use_bias=False, use_scale=False, dtype=self.dtype)
     zeros = nn.initializers.zeros_init()
     adaln = nn.Dense(6 * dim, dtype=self.dtype, kernel_init=zeros, dot_general=layers.gathered(), name="adaln")
-    modulation = adaln(nn.silu(embedding))
+    # Left to itself XLA brings the modulations of all samples to each device, for this layer's gradient.
+    modulation = adaln(sharding.constrain(nn.silu(embedding), sharding.SAMPLES))
+    modulation = sharding.constrain(modulation, sharding.SAMPLES)
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
     # Between layers a sample's tokens are where the sample is.
     x = sharding.constrain(x, sharding.SAMPLES)

@@ -54,7 +54,10 @@ def plan(config, topology, *, slices=1, sampler=False):
   jitted = train_loop.compile_run(config, mesh, run)
   state, teacher = jitted["state"], jitted["teacher"]
   if sampler:
-    n = config.evaluation.batch_size
+    n, parts = config.evaluation.batch_size, sharding.sample_parts(mesh)
+    if n % parts:
+      raise errors.UserError(f"config.evaluation.batch_size: {n} does not divide over {parts} parts of the mesh; choose a "
+                             f"multiple of {parts}")
     batch = _placed(mesh, dict(noise=((n, *config.data.shape), jnp.float32), cond=((n,), jnp.int32)))
     arguments = state.ema, teacher, batch["noise"], batch["cond"], _key()
     trees = dict(parameters=state.ema, teacher=teacher, batch=batch)

@@ -127,21 +127,22 @@ def collectives(found):
     sizes = [b.bytes for b in buffers(i.type)]
     size = max(sizes, default=0) if i.op != kind else sum(sizes)  # what has started carries its operand along
     count, total = table.get(kind, (0, 0))
-    table[kind] = count + times, total + times * _SENT[kind](size, _group(i.rest))
+    group = 1 if kind in ("collective-permute", "send") else _group(i.rest)
+    table[kind] = count + times, total + times * _SENT[kind](size, group)
   return table
 
 
 def _group(rest):
   """How many take part in a collective."""
-  axes = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest)
+  axes = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}", rest)
   if axes:
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
-    return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes[2]) if name in sizes)
-  iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
-  if iota:
-    return int(iota[2])
+    return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes[2]))
+  iota = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
   listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
-  return len(listed[1].split(",")) if listed else 1
+  if not iota and not listed:
+    raise ValueError(f"a collective without a group that can be read: {rest[:300]}")
+  return int(iota[1]) if iota else len(listed[1].split(","))
 
 
 def padded(found, *, least=2.0, smallest=1 << 20):

@@ -41,6 +41,8 @@ HloModule jit_step, is_scheduled=true
 ENTRY %main (p: f32[]) -> f32[] {
   %while.1 = (s32[]{:T(128)}, f32[512,16,2,4]{3,2,1,0:T(8,128)}) while(%t), condition=%cond, body=%body
   %all-reduce.1 = (f32[100]{0:T(128)}, f32[28]{0:T(128)}) all-reduce(%a, %b), channel_id=8, replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, to_apply=%region_add
+  %all-reduce.2 = f32[128]{0:T(128)} all-reduce(%a), channel_id=18, replica_groups=mesh['axis_0'=1,'axis_1'=8,'axis_2'=64], device_ids=([64,8]T(1,0)) {'axis_1'}, to_apply=%region_add
+  %all-reduce.3 = f32[128]{0:T(128)} all-reduce(%a), channel_id=19, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%region_add
   %collective-permute-start.1 = (f32[64]{0:T(128)}, f32[64]{0:T(128)}, u32[]{:T(128)}) collective-permute-start(%a), channel_id=9
   %unknown = f32[]{:T(128)} copy(%x), backend_config={"estimated_cycles":"9223372036854775807"}
   ROOT %r = f32[]{:T(128)} fusion(%x), kind=kLoop, calls=%region_add, backend_config={"estimated_cycles":"5"}
@@ -52,7 +54,12 @@ def test_loops_count_by_their_length_and_collectives_once_a_channel():
   runs = hlo.runs(_TEXT)
   assert hlo.cycles(runs) == 28 * 111 + 5
   assert hlo.collectives(runs) == {
-      "all-gather": (28, 28 * 16 * 128 * 2 / 2), "all-reduce": (1, 2 * 128 * 4 * 3 / 4), "collective-permute": (1, 256.0)}
+      "all-gather": (28, 28 * 16 * 128 * 2 / 2), "all-reduce": (3, 2 * 128 * 4 * (3 / 4 + 7 / 8 + 3 / 4)), "collective-permute": (1, 256.0)}
+
+
+def test_a_group_that_cannot_be_read_is_no_group_of_one():
+  with pytest.raises(ValueError, match="without a group"):
+    hlo.collectives(hlo.runs(_TEXT.replace("replica_groups=[1,2]<=[2]", "replica_groups=odd")))
 
 
 def test_what_tiling_adds():
