@@ -52,9 +52,8 @@ def report(name, f, substeps, gradient, chip, device):
   wasted = hlo.padded(runs)
   what = f"{substeps} substeps{' and gradient' if gradient else ''}, {name}"
   print(f"{what:<36} temporaries {program.memory_analysis().temp_size_in_bytes / 2**30:6.2f} GiB, "
-        f"{hlo.cycles(runs) / chip.clock:6.3f} s by the compiler's cycles, "
-        f"{len(wasted)} arrays padded over twofold"
-        + (f", the largest {max(b.bytes for b in wasted) / 2**20:.0f} MiB as {max(b.padded for b in wasted) / 2**20:.0f}" if wasted else ""))
+        f"{hlo.cycles(runs) / chip.clock:6.3f} s by the compiler's cycles, {len(wasted)} arrays padded over twofold, "
+        f"to {max((b.padded for b in wasted), default=0) / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -278,8 +278,8 @@ def check_batch(config, mesh):
   parts = sharding.sample_parts(mesh) * config.microbatches
   if config.microbatches < 1 or config.batch_size < 1 or config.batch_size % parts:
     raise errors.UserError(
-        f"config.batch_size: {config.batch_size} does not divide over {parts // config.microbatches} parts of the mesh x {config.microbatches} "
-        f"microbatches; choose a multiple of {parts}")
+        f"config.batch_size: {config.batch_size} does not divide over {parts // config.microbatches} parts of the mesh x "
+        f"{config.microbatches} microbatches; choose a multiple of {parts}")
 
 
 class _catch_sigterm(list):

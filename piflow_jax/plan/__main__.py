@@ -23,8 +23,10 @@ from piflow_jax import main as program
 from piflow_jax.plan import compiled
 
 TOPOLOGY = flags.DEFINE_list("topology", None, "Slices, e.g. v5e-16,v5p:4x4x4.")
-SLICES = flags.DEFINE_integer("slices", 1, "So many of them, joined by the data-centre network; set config.mesh.slices alike.")
-SAMPLER = flags.DEFINE_bool("sampler", False, "Plan a call of the sampler, of config.evaluation.batch_size, not the training step.")
+SLICES = flags.DEFINE_integer(
+    "slices", 1, "So many of them, joined by the data-centre network; set config.mesh.slices alike.")
+SAMPLER = flags.DEFINE_bool(
+    "sampler", False, "Plan a call of the sampler, of config.evaluation.batch_size, not the training step.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 _GIB = 2**30
@@ -73,7 +75,8 @@ def table(plans):
   rows.append(("chip-hours", [f"{p['chip_hours']:,.0f}" if "hours" in p else "" for p in plans]))
   widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(plans))]
   left = max(len(name) for name, _ in rows)
-  return "\n".join(f"{name:<{left}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths)) for name, cells in rows if any(cells))
+  return "\n".join(f"{name:<{left}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths))
+                   for name, cells in rows if any(cells))
 
 
 def _fits(plan):

@@ -1,9 +1,9 @@
 """A config's step compiled for a TPU slice that nobody has attached: what it takes up, sends and costs."""
 
+import importlib.util
 import math
 import os
 import re
-import sys
 
 import jax
 from jax.experimental import topologies
@@ -25,6 +25,9 @@ _QUIET = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WO
 def devices_of(said, slices):
   """(chip, devices, name) of a slice that is only compiled for. Raises errors.UserError."""
   kind, shape = chips.slice_name(said)
+  if not importlib.util.find_spec("libtpu"):
+    raise errors.UserError("--topology: the compiler for TPUs, libtpu, is not installed; say make plan ARGS=..., which brings "
+                           "it, or pip install --target .libtpu -r requirements-tpu.lock and set PYTHONPATH=.libtpu")
   for name, value in _QUIET.items():
     os.environ.setdefault(name, value)
   options = {"num_slices": slices} if slices > 1 else {}
@@ -34,8 +37,7 @@ def devices_of(said, slices):
   try:
     found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **options).devices
   except (RuntimeError, ValueError, NotImplementedError) as e:
-    raise errors.UserError(f"--topology: {kind}:{shape}: {str(e).splitlines()[0]}; and where libtpu is missing: "
-                           "pip install -r requirements-tpu.lock") from e
+    raise errors.UserError(f"--topology: {kind}:{shape}: {str(e).splitlines()[0]}") from e
   return chips.CHIPS[kind], found, f"{kind}:{shape}" + (f" x {slices}" if slices > 1 else "")
 
 
@@ -60,7 +62,7 @@ def plan(config, topology, *, slices=1, sampler=False):
                              f"multiple of {parts}")
     batch = _placed(mesh, dict(noise=((n, *config.data.shape), jnp.float32), cond=((n,), jnp.int32)))
     arguments = state.ema, teacher, batch["noise"], batch["cond"], _key()
-    trees = dict(parameters=state.ema, teacher=teacher, batch=batch)
+    trees = dict(parameters=state.ema, batch=batch)  # a student draws without its teacher
   else:
     n = config.batch_size
     batch = _placed(mesh, dict(x_0=((n, *config.data.shape), jnp.float32), cond=((n,), jnp.int32)))
