@@ -10,7 +10,7 @@ DEVICES ?= $(shell $(PYTHON) -c 'import os; print(max(n for n in (1, 2, 4, 8) if
 CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 JAX_NUM_CPU_DEVICES=$(DEVICES)
 
-.PHONY: demo compare analytic test test-torch quick lock clean help
+.PHONY: demo compare analytic test test-torch quick chaos lock clean help
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -53,6 +53,9 @@ analytic: .venv/ready  ## students against an exactly known flow, by their size 
 
 test: .venv/ready  ## all tests
 	@$(PY) -m pytest -n 2 --dist loadfile -q tests --ignore=tests/parity
+
+chaos: .venv/ready  ## a run of two processes killed 20 times, against the one left alone (ten minutes; ARGS=--seed=1)
+	@$(CACHE) $(PY) -m tests.chaos $(ARGS)
 
 test-torch: .venv-torch/ready  ## the tests against PyTorch, in an environment of their own
 	@.venv-torch/bin/python -m pytest -n 2 --dist loadfile -q tests/parity
