@@ -10,7 +10,7 @@ DEVICES ?= $(shell $(PYTHON) -c 'import os; print(max(n for n in (1, 2, 4, 8) if
 CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 JAX_NUM_CPU_DEVICES=$(DEVICES)
 
-.PHONY: demo compare analytic plan test test-torch quick lock clean help
+.PHONY: demo compare analytic plan test test-torch quick chaos lock clean help
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -61,6 +61,9 @@ plan: .libtpu/ready  ## what a config would be on a TPU slice: make plan ARGS="-
 
 test: .venv/ready .libtpu/ready  ## all tests
 	@$(PY) -m pytest -n 2 --dist loadfile -q tests --ignore=tests/parity
+
+chaos: .venv/ready  ## a run of two processes killed 20 times, against the one left alone (ten minutes; ARGS=--seed=1)
+	@$(CACHE) $(PY) -m tests.chaos $(ARGS)
 
 test-torch: .venv-torch/ready  ## the tests against PyTorch, in an environment of their own
 	@.venv-torch/bin/python -m pytest -n 2 --dist loadfile -q tests/parity

@@ -4,27 +4,48 @@
 #   launch/local.sh PROCESSES DEVICES_EACH COMMAND...
 #   launch/local.sh 2 4 python -m piflow_jax.main --config=configs/digits.py:teacher --workdir=runs/two
 #
-# Every process's output is shown with its number. Ends with the first status that is not 0, when all have ended.
+# Every process's output is shown with its number. When one has died, those that have not ended GRACE seconds later are killed.
+# Exit status: 0 all done; 75 some were stopped or killed, the same command goes on; else what one of them ended with.
 set -uo pipefail
 
-usage() { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
 [[ $# -ge 3 && $1 =~ ^[1-9][0-9]*$ && $2 =~ ^[1-9][0-9]*$ ]] || usage
 processes=$1 devices=$2
 shift 2
+grace=${GRACE:-75}
 
 # A port that is free now; the coordinator takes it a moment later.
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit 1
-pids=()
+pids=() codes=() writers=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' INT TERM
 for ((i = 0; i < processes; i++)); do
-  JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices "$@" "--distributed=127.0.0.1:$port,$i,$processes" \
-    > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
+  # Whoever signals all of the group means the programs: one that cannot write any more could not save either.
+  exec 3> >(trap "" INT TERM; exec sed -u "s/^/[$i] /") && writers+=($!)
+  exec 4> >(trap "" INT TERM; exec sed -u "s/^/[$i] /" >&2) && writers+=($!)
+  JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices "$@" "--distributed=127.0.0.1:$port,$i,$processes" >&3 2>&4 3>&- 4>&- &
   pids+=($!)
+  exec 3>&- 4>&-
 done
-status=0
-for pid in "${pids[@]}"; do
-  # A signal to this script ends the wait, not the process.
-  until wait "$pid"; code=$?; ! kill -0 "$pid" 2>/dev/null; do :; done
-  ((status)) || status=$code
+status=0 died=
+while ((${#codes[@]} < processes)); do
+  for i in "${!pids[@]}"; do
+    [[ -z ${codes[i]-} ]] && ! kill -0 "${pids[i]}" 2>/dev/null || continue
+    wait "${pids[i]}" 2>/dev/null
+    code=$? codes[i]=$code
+    ((code)) || continue
+    died=${died:-$SECONDS}
+    echo "[$i] ended with status $code" >&2
+    # An error that a restart does not mend is the one to tell.
+    ((code < 128 && code != 75)) && ((status == 0 || status == 75)) && status=$code
+    ((status)) || status=75
+  done
+  if [[ -n $died ]] && ((SECONDS - died > grace && ${#codes[@]} < processes)); then
+    echo "launch/local.sh: a process died $grace seconds ago and others still wait for it: killed" >&2
+    for i in "${!pids[@]}"; do [[ -n ${codes[i]-} ]] || kill -KILL "${pids[i]}" 2>/dev/null; done
+    died=$SECONDS
+  fi
+  ((${#codes[@]} == processes)) || sleep 0.2
 done
+wait "${writers[@]}" 2>/dev/null  # or the last words would come after the end
+((status != 75)) || echo "launch/local.sh: start it again: the same command goes on from the last checkpoint" >&2
 exit "$status"

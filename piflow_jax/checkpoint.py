@@ -7,6 +7,7 @@ import os
 from absl import logging
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_lib
@@ -16,12 +17,32 @@ from piflow_jax import errors
 from piflow_jax import params as params_lib
 
 
+class _Manager(ocp.CheckpointManager):
+
+  def reached_preemption(self, step):
+    # Asked at every save with the run's step; the training loop asks with the session's, and JAX can keep one count only.
+    del step
+    return False
+
+
+@contextlib.contextmanager
 def open_manager(workdir, *, keep=2, keep_every=None):
-  """The manager of workdir/checkpoints: saves in the background, commits by rename, keeps the latest and every n-th."""
+  """The manager of workdir/checkpoints: saves in the background, commits by rename, keeps the latest and every n-th.
+
+  What a kill left half written is removed.
+  """
   policies = [keep_lib.LatestN(keep)] + ([keep_lib.EveryNSteps(keep_every)] if keep_every else [])
   options = ocp.CheckpointManagerOptions(
-      preservation_policy=keep_lib.AnyPreservationPolicy(policies), enable_async_checkpointing=True)
-  return ocp.CheckpointManager(_folder(workdir), options=options)
+      preservation_policy=keep_lib.AnyPreservationPolicy(policies), enable_async_checkpointing=True,
+      cleanup_tmp_directories=True)
+  manager = _Manager(_folder(workdir), options=options)
+  try:
+    yield manager
+  except BaseException as e:
+    if not errors.process_lost(e):  # closing waits for a write in which the lost one had a part
+      manager.close()
+    raise
+  manager.close()
 
 
 def _folder(workdir):
@@ -38,7 +59,8 @@ def save(manager, step, state, position):
 def restore_latest(manager, abstract_state):
   """(step, state, position) of the newest checkpoint that can be read, or None where there is none.
 
-  One that cannot be read (torn by a crash of the disk, say) is set aside as `torn_<step>` with a warning.
+  One that cannot be read (torn by a crash of the disk, say) is set aside as `torn_<step>` with a warning. Of several processes
+  all take the same one: one that all can read.
 
   Args:
     manager: of `open_manager`.
@@ -48,24 +70,30 @@ def restore_latest(manager, abstract_state):
   """
   failures = []
   for step in sorted(manager.all_steps(), reverse=True):
+    # Not by the manager: a process that could read its part would wait there, at a barrier, for one that could not.
+    folder, why = manager.directory / str(step), ""
     try:
-      found = manager.restore(step, args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore()))
-      break
+      state = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(abstract_state))
+      position = ocp.JsonCheckpointHandler().restore(folder / "position", args=ocp.args.JsonRestore())
     except Exception as e:  # whatever the storage layer makes of broken bytes
-      failures.append((step, " ".join(str(e).split())[:200]))
-      logging.warning("checkpoint %d cannot be read and is passed over: %s", *failures[-1])
+      why = " ".join(str(e).split())[:200] or type(e).__name__
+    if not np.any(multihost_utils.process_allgather(np.array(bool(why)))):
+      break
+    failures.append((step, why or "another process could not"))
+    logging.warning("checkpoint %d cannot be read and is passed over: %s", *failures[-1])
   else:
     if failures:
       raise errors.UserError(
           f"--workdir: no checkpoint under {manager.directory} can be read ({failures[0][1]}); "
           "if the network or the optimizer changed, choose another workdir")
     return None
-  for torn, _ in failures:
-    (manager.directory / str(torn)).rename(manager.directory / f"torn_{torn}")
   if failures:
+    if jax.process_index() == 0:
+      for torn, _ in failures:
+        (manager.directory / str(torn)).rename(manager.directory / f"torn_{torn}")
+    multihost_utils.sync_global_devices("torn")
     manager.reload()
-  return step, found["state"], found["position"]
+  return step, state, position
 
 
 def load_weights(workdir, abstract_params, which, field):

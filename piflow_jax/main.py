@@ -6,11 +6,13 @@
 Numbers and texts of the config can be set on the command line: --config.batch_size=64 --config.optimizer.learning_rate=1e-4.
 configs/base.py lists them all. The same command with the same --workdir goes on where it was.
 On several hosts every one runs the same command with --distributed=auto (launch/ has scripts that do).
-Exit status: 0 done; 75 stopped by SIGTERM with everything saved, or another process is gone, start again; 2 bad input; 3 a loss that is not finite.
+Exit status: 0 done; 2 bad input; 3 a loss that is not finite; 75 start again: stopped by SIGTERM with everything saved, or another
+process is gone. That may also end in JAX aborting (134), with a line of its own: whatever a signal ended is to be started again too.
 """
 
 import importlib.util
 import os
+import signal
 import sys
 
 from absl import app
@@ -43,6 +45,8 @@ def join(how):
     if len(numbers) != 2 or not all(n.isdigit() for n in numbers) or int(numbers[0]) >= int(numbers[1]) or ":" not in address:
       raise errors.UserError(f"--distributed: {how!r} is neither auto nor HOST:PORT,INDEX,COUNT with INDEX below COUNT")
     where = dict(coordinator_address=address, process_id=int(numbers[0]), num_processes=int(numbers[1]))
+  # JAX aborts where its own thread learns that a process is gone: its line of words would drown in a dump of all threads.
+  signal.signal(signal.SIGABRT, signal.SIG_DFL)
   try:
     jax.distributed.initialize(**where, heartbeat_timeout_seconds=_HEARTBEAT)
   except (RuntimeError, ValueError) as e:
@@ -111,9 +115,6 @@ def run(main, required=("config", "workdir")):
       if DISTRIBUTED.value:
         join(DISTRIBUTED.value)
       sys.exit(main(argv))
-    except errors.ProcessLost as e:
-      print(f"error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
-      os._exit(75)  # an orderly exit would wait for the one that is gone
     except errors.UserError as e:
       _fail(2, e)
     except errors.NotFinite as e:
@@ -122,6 +123,12 @@ def run(main, required=("config", "workdir")):
       if "gcsfs" not in str(e):
         raise
       _fail(2, "gs:// paths need gcsfs: pip install -e '.[gcs]'")
+    except Exception as e:
+      if not errors.process_lost(e):
+        raise
+      print("error: another process of this run is gone; start all of them again, they go on from the last checkpoint "
+            f"({' '.join(str(e).split())[:200]})", file=sys.stderr, flush=True)
+      os._exit(train_loop.RESTART)  # an orderly exit would wait for the one that is gone
 
   app.run(guarded, flags_parser=parse)
 

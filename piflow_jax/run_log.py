@@ -1,7 +1,9 @@
 """What a run leaves to look at: metrics.jsonl, TensorBoard events, pictures, and the config that it belongs to."""
 
+import contextlib
 import io
 import json
+import time
 
 from etils import epath
 import numpy as np
@@ -65,6 +67,38 @@ def _compare(old, new, workdir):
     more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
     raise errors.UserError(
         f"--workdir: {str(workdir)!r} holds a run of another config ({shown}{more}); choose another workdir or that config")
+
+
+class Goodput:
+  """The share of wall time since the run first started that went into steps which are still part of it.
+
+  Counted as steps: the time from handing a step to the devices until the loss of the one before is known. Not counted:
+  start-up, restoring and compiling (all before a session's second step), evaluation, pictures, saving, waiting for data (even
+  where the devices were still at work), the time between sessions, and steps made after the checkpoint from which a later
+  session went on. The clock starts with the first session that saved anything, at the beginning of its `train`, which the
+  imports precede.
+  """
+
+  def __init__(self, position, clock=time.time):
+    """position: of the checkpoint, in which `saved` is; or without it at a run's start."""
+    self._clock = clock
+    self._began = position.get("began", clock())
+    self._in_steps = position.get("in_steps", 0.0)
+    self._compiled = False
+
+  @contextlib.contextmanager
+  def step(self):
+    entered = self._clock()
+    yield
+    if self._compiled:
+      self._in_steps += self._clock() - entered
+    self._compiled = True
+
+  def share(self):
+    return self._in_steps / max(self._clock() - self._began, 1e-9)
+
+  def saved(self):
+    return {"began": self._began, "in_steps": self._in_steps}
 
 
 class RunLog:

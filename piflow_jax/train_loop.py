@@ -9,6 +9,7 @@ from absl import logging
 from clu import parameter_overview
 import flax
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -134,6 +135,7 @@ def train(config, workdir):
     errors.UserError: bad input, before anything is written.
     errors.NotFinite: a loss that is not finite.
   """
+  began = time.time()
   mesh = sharding.make_mesh(**config.mesh)
   check_batch(config, mesh)
   run = build.run(config)
@@ -149,7 +151,7 @@ def train(config, workdir):
   with checkpoint.open_manager(workdir, keep=config.keep_checkpoints, keep_every=config.keep_every) as manager:
     found = checkpoint.restore_latest(manager, jitted["state"])
     if found is None:
-      start, position = 0, {"batches": 0, "seconds": 0.0}
+      start, position = 0, {"batches": 0, "seconds": 0.0, "began": began}
       state = jitted["init"](jax.random.fold_in(key, 2**31 - 1), teacher_params)
       logging.info("\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False))
       _say(f"{workdir}: {build.describe_parameters(state.params, run.teacher_shapes)}")
@@ -164,13 +166,7 @@ def train(config, workdir):
     watch = functools.partial(_watch, config, jitted, source("held_out"), teacher_params, key, mesh, log)
     try:
       return _loop(config, workdir, jitted, manager, log, watch, batches, mesh, key, state, teacher_params, start,
-                   position["seconds"])
-    except jax.errors.JaxRuntimeError as e:
-      if jax.process_count() == 1:
-        raise
-      raise errors.ProcessLost(
-          f"{workdir}: one of {jax.process_count()} processes is gone; start all of them again, they go on from step "
-          f"{manager.latest_step()} ({str(e).splitlines()[0][:200]})") from e
+                   position["seconds"], run_log.Goodput(position))
     finally:
       if log:
         log.close()
@@ -181,7 +177,8 @@ def _say(text):
     print(text, flush=True)
 
 
-def _loop(config, workdir, jitted, manager, log, watch, batches, mesh, key, state, teacher_params, start, seconds_before):
+def _loop(config, workdir, jitted, manager, log, watch, batches, mesh, key, state, teacher_params, start, seconds_before,
+          goodput):
   began = time.time()
   pending = None  # the step before's metrics: fetched when the next step is under way, so that no device waits
   last = dict(time=began, step=start)
@@ -200,7 +197,8 @@ def _loop(config, workdir, jitted, manager, log, watch, batches, mesh, key, stat
       last.update(time=now, step=done)
       rate = float(jitted["rate"](done - 1))
       log.write(done, values | {
-          "learning_rate": rate, "steps_per_second": speed, "seconds": seconds_before + now - began})
+          "learning_rate": rate, "steps_per_second": speed, "seconds": seconds_before + now - began,
+          "goodput": goodput.share()})
       bar.set_postfix_str(f"loss {values['loss']:.4g}")
     if not finite:
       raise errors.NotFinite(
@@ -214,22 +212,26 @@ def _loop(config, workdir, jitted, manager, log, watch, batches, mesh, key, stat
       if config.profile_steps and step == profile.start:
         jax.profiler.start_trace(f"{workdir}/profile")
       batch = sharding.place_batch(next(batches), mesh)
-      state, metrics = jitted["step"](state, teacher_params, batch, key)
-      settle()
+      with goodput.step():
+        state, metrics = jitted["step"](state, teacher_params, batch, key)
+        settle()
       done = step + 1
       pending = (done, metrics)
       bar.update()
       if config.profile_steps and done == profile.stop:
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
-      stopping = bool(stop_asked) or manager.reached_preemption(step)
+      # Counted from the session's start: a notice that comes before the first step makes JAX name 1 as where all stop.
+      stopping = bool(stop_asked) or multihost_utils.reached_preemption_sync_point(step - start)
       due = lambda every: bool(every) and (done % every == 0 or done == config.steps)
       if due(config.checkpoint_every) or stopping or due(config.eval_every) or due(config.image_every):
-        settle()  # nothing is saved or drawn from parameters whose loss has not been looked at
+        with goodput.step():
+          settle()  # nothing is saved or drawn from parameters whose loss has not been looked at
       if due(config.eval_every) or due(config.image_every):
         watch(state, done, due)
       if due(config.checkpoint_every) or stopping:
-        checkpoint.save(manager, done, state, {"batches": done, "seconds": seconds_before + time.time() - began})
+        checkpoint.save(manager, done, state, {
+            "batches": done, "seconds": seconds_before + time.time() - began} | goodput.saved())
       if stopping and done < config.steps:
         manager.wait_until_finished()
         bar.write(f"{workdir}: stopped by a signal at step {done}, saved; the same command goes on from there")
@@ -285,7 +287,7 @@ def check_batch(config, mesh):
 class _catch_sigterm(list):
   """A list that SIGTERM adds to: the loop ends at the next step's border, not in the middle of one.
 
-  Of several processes only one may be told; then it is JAX's to tell all of them, by `reached_preemption`.
+  Of several processes only one may be told; then it is JAX's to tell all of them, by `reached_preemption_sync_point`.
   """
 
   def __enter__(self):

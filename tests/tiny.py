@@ -46,4 +46,4 @@ def run(args):
 def metrics(workdir):
   """What a run logged, less what tells of time."""
   lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in line.items() if k not in ("seconds", "steps_per_second")} for line in lines]
+  return [{k: v for k, v in line.items() if k not in ("seconds", "steps_per_second", "goodput")} for line in lines]

@@ -1,0 +1,242 @@
+"""Kill a run of two processes again and again: at the end it has to be the run that was left alone, bit for bit.
+
+  python -m tests.chaos --kills=20 --seed=0
+
+A kill is who is hit by what (one process, the other, both; SIGKILL, SIGTERM, a notice that is not waited for) at which moment:
+while a checkpoint is written, between two steps, before the first step, while the last checkpoint is written. Each time the
+same command starts the group again. Exit status 1: something differs, a restart ended by anything but 0, 75 or a kill, or a
+survivor did not end within --bound seconds.
+"""
+
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+import numpy as np
+
+from piflow_jax import build
+from piflow_jax import checkpoint
+from piflow_jax import sharding
+from piflow_jax import train_loop
+from tests import group
+from tests import tiny
+
+KILLS = flags.DEFINE_integer("kills", 20, "How often the run is killed.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of who is killed, how and when.")
+STEPS = flags.DEFINE_integer("steps", None, "Updates of the run; default: three a kill and nine more.")
+BOUND = flags.DEFINE_float("bound", 100, "Seconds that survivors may take to end.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the two runs go; default: a folder that is removed at the end.")
+
+EVERY = 3  # steps between checkpoints
+MOMENTS = ("save", "step", "save", "start", "save", "step", "last save", "save", "step", "start")
+# (process or all of them, signal) of what is sent one after the other, with pauses of up to a second.
+ATTACKS = {
+    "KILL 1": [(1, signal.SIGKILL)], "TERM 0": [(0, signal.SIGTERM)], "KILL 0": [(0, signal.SIGKILL)],
+    "TERM 1": [(1, signal.SIGTERM)], "KILL both": [(None, signal.SIGKILL)], "TERM both": [(None, signal.SIGTERM)],
+    "TERM 0, KILL 1": [(0, signal.SIGTERM), (1, signal.SIGKILL)],
+    "TERM 1, KILL 1": [(1, signal.SIGTERM), (1, signal.SIGKILL)],
+}
+KILLED = {128 + s for s in (signal.SIGKILL, signal.SIGTERM)}
+# What a survivor says: this package where Python learns of the loss; JAX, which then aborts, where its own thread does.
+# The launcher kills one that waits for a process that died before they knew one another, which JAX does for five minutes.
+WORDS = {75: "another process of this run is gone; start all of them again", 134: "This most likely indicates that another task died",
+         137: "a process died 75 seconds ago and others still wait for it: killed"}
+# Most of a short run is XLA compiling: unoptimised code computes the same numbers each time as well.
+FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+
+
+def draw(kills, steps, rng):
+  """[(moment, attack, step from which)] in the order of their steps; all of MOMENTS and ATTACKS in turn, shuffled."""
+  moments = [MOMENTS[i % len(MOMENTS)] for i in range(kills)]
+  attacks = [list(ATTACKS)[i % len(ATTACKS)] for i in range(kills)]
+  rng.shuffle(attacks)
+  moments[:] = sorted(moments, key=lambda m: (m == "last save", rng.random()))
+  spread = [round(steps * (i + rng.random()) / kills) for i in range(kills)]
+  return [(m, a, steps if m == "last save" else min(s, steps - EVERY)) for m, a, s in zip(moments, attacks, spread)]
+
+
+class Session:
+  """One start of the group, its output in a file."""
+
+  def __init__(self, workdir, steps, log):
+    self.workdir, self._log = pathlib.Path(workdir), pathlib.Path(log)
+    self.began = time.time()
+    with self._log.open("w") as out:
+      self.process = group.start(
+          workdir, 2, 4, f"--config.steps={steps}", f"--config.checkpoint_every={EVERY}", "--config.mesh.data=2",
+          "--config.mesh.fsdp=4", out=out, **FAST)
+
+  def running(self):
+    return self.process.poll() is None
+
+  def output(self):
+    """Less the launcher's numbers, Gloo's greetings and the progress bar."""
+    return "\n".join(line for line in re.split(r"[\r\n]+", self._log.read_text())
+                     if not re.search(r"\[Gloo\]|step/s|s/step", line))
+
+  def logged(self):
+    """The last step in the log."""
+    path = self.workdir / "metrics.jsonl"
+    try:
+      return json.loads(path.read_text().splitlines()[-1])["step"]
+    except (OSError, IndexError, ValueError):
+      return 0
+
+  def writing(self):
+    """Steps of the checkpoints that this session is writing; what an earlier one has left lies there too for a while."""
+    found = set()
+    for path in (self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp/_CHECKPOINT_METADATA"):
+      try:
+        if path.stat().st_mtime > self.began:
+          found.add(int(path.parent.name.split(".")[0]))
+      except OSError:
+        pass  # renamed since
+    return found
+
+  def wait_for(self, moment, step, rng, warm):
+    """Until the moment is there, or the run is over; returns whether a checkpoint is being written now."""
+    pause = rng.uniform(0, 0.3)
+    if moment == "start":
+      begin = rng.uniform(0.2, warm)
+      self._until(lambda: time.time() - self.began > begin)
+    elif moment == "step":
+      self._until(lambda: self.logged() >= step and time.time() - self.began > warm / 2)
+    else:
+      self._until(lambda: any(s >= step for s in self.writing()))
+    if moment != "start":
+      time.sleep(pause)
+    return bool(self.writing())
+
+  def _until(self, ready, limit=300):
+    deadline = time.time() + limit
+    while self.running() and not ready() and time.time() < deadline:
+      time.sleep(0.01)
+
+  def strike(self, attack, rng):
+    """Send the attack's signals; returns which processes were there to be hit."""
+    hit = []
+    for i, (who, what) in enumerate(ATTACKS[attack]):
+      if i:
+        time.sleep(rng.uniform(0, 1))
+      for number, pid in group.workers(self.process).items():
+        if who in (None, number):
+          try:
+            os.kill(pid, what)
+          except ProcessLookupError:
+            continue
+          hit.append(number)
+    return hit
+
+  def verdict(self, status, attack, hit):
+    """({process: status that it ended with}, what is not as it should be)."""
+    out = self.output()
+    statuses = {i: 0 for i in range(2)} | {int(i): int(s) for i, s in re.findall(r"^\[(\d)\] ended with status (\d+)$", out, re.M)}
+    problems = [] if status in (0, train_loop.RESTART) else [f"the launcher ended with {status}"]
+    for i, s in statuses.items():
+      if i in hit and s in KILLED or s == 0 or s == train_loop.RESTART and "stopped by a signal" in out:
+        continue
+      if s not in WORDS or WORDS[s] not in out:
+        problems.append(f"process {i} ended with {s} and without a word")
+    return statuses, problems
+
+  def end(self, bound):
+    """(status, seconds) of the end; status None, and all killed, where there was none within the bound."""
+    began = time.time()
+    self._until(lambda: False, bound)
+    status = self.process.poll()
+    if status is None:
+      os.killpg(self.process.pid, signal.SIGKILL)
+      self.process.wait()
+    return status, time.time() - began
+
+
+def state_of(workdir, steps):
+  """All that is saved at the last step: (state, data position)."""
+  config = tiny.config("teacher", steps=steps, mesh__data=2, mesh__fsdp=4)
+  jitted = train_loop.compile_run(config, sharding.make_mesh(**config.mesh), build.run(config))
+  with checkpoint.open_manager(workdir) as manager:
+    step, state, position = checkpoint.restore_latest(manager, jitted["state"])
+  assert step == steps, f"{workdir} ended at step {step} of {steps}"
+  return jax.device_get(state), position["batches"]
+
+
+def differences(a, b, steps):
+  """What is not the same in two runs, in words."""
+  found = []
+  (state_a, batches_a), (state_b, batches_b) = state_of(a, steps), state_of(b, steps)
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(state_a), jax.tree.leaves(state_b), strict=True):
+    if np.asarray(x).tobytes() != np.asarray(y).tobytes():
+      found.append(f"state{jax.tree_util.keystr(path)}")
+  if batches_a != batches_b:
+    found.append(f"data position {batches_a}, {batches_b}")
+  lines_a, lines_b = tiny.metrics(a), tiny.metrics(b)
+  if lines_a != lines_b:
+    found.append(f"logged lines ({len(lines_a)}, {len(lines_b)})")
+  return found
+
+
+def run(kills, seed, steps, folder, bound):
+  """Both runs and their comparison; returns what is wrong, in words."""
+  rng, folder = random.Random(seed), pathlib.Path(folder)
+  wrong, rows, began = [], [], time.time()
+  session = Session(folder / "alone", steps, folder / "alone.log")
+  session._until(lambda: session.logged() > 0)
+  warm = time.time() - session.began
+  status, _ = session.end(600)
+  if status != 0:
+    return [f"the run that was left alone ended with {status}:\n{session.output()}"]
+  print(f"left alone: {steps} steps in {time.time() - session.began:.0f} s, the first after {warm:.0f} s", flush=True)
+  for i, (moment, attack, step) in enumerate(draw(kills, steps, rng)):
+    session = Session(folder / "killed", steps, folder / f"killed_{i}.log")
+    saving = session.wait_for(moment, step, rng, warm)
+    at, after, alive = session.logged(), time.time() - session.began, session.running()
+    hit = session.strike(attack, rng)
+    status, seconds = session.end(bound)
+    statuses, problems = session.verdict(status, attack, set(hit))
+    wrong += [f"kill {i + 1} ({attack}, {moment}): {problem}\n{session.output()}" for problem in problems]
+    print(f"{i + 1:3d} {moment:9s} {attack:14s} hit {sorted(set(hit))} at step {at:3d}, {after:4.1f} s after the start"
+          f"{', in a save' if saving else ''}: {statuses} after {seconds:.1f} s", *problems, flush=True)
+    rows.append(dict(moment=moment, attack=attack, saving=saving, statuses=statuses, seconds=seconds, hit=alive and hit))
+  session = Session(folder / "killed", steps, folder / "killed_last.log")
+  status, _ = session.end(600)
+  if status != 0:
+    return wrong + [f"the last start ended with {status}:\n{session.output()}"]
+  missed = sum(not row["hit"] for row in rows)
+  if missed:
+    wrong.append(f"{missed} kills found nobody: take more --steps")
+  wrong += [f"not as in the run left alone: {d}" for d in differences(folder / "alone", folder / "killed", steps)]
+  count = lambda f: sum(map(f, rows))
+  print(f"{len(rows)} kills in {time.time() - began:.0f} s: "
+        + ", ".join(f"{count(lambda r: r['attack'] == a)} {a}" for a in ATTACKS if count(lambda r: r["attack"] == a)))
+  ends = [status for row in rows for status in row["statuses"].values()]
+  print(f"in a save {count(lambda r: r['saving'])}, before the first step {count(lambda r: r['moment'] == 'start')}; processes ended with "
+        + ", ".join(f"{status}: {ends.count(status)}" for status in sorted(set(ends))) + f"; slowest end {max(r['seconds'] for r in rows):.1f} s")
+  return wrong
+
+
+def main(argv):
+  del argv
+  steps = STEPS.value or 3 * KILLS.value + 9
+  logging.set_verbosity(logging.WARNING)
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", 8)
+  with tempfile.TemporaryDirectory() as folder:
+    wrong = run(KILLS.value, SEED.value, steps, WORKDIR.value or folder, BOUND.value)
+  for line in wrong:
+    print(f"wrong: {line}", file=sys.stderr)
+  print("bit-equal to the run left alone" if not wrong else f"{len(wrong)} things are wrong")
+  return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+  app.run(main)
