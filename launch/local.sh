@@ -29,7 +29,7 @@ done
 status=0 died=
 while ((${#codes[@]} < processes)); do
   for i in "${!pids[@]}"; do
-    [[ -z ${codes[i]-} ]] && ! kill -0 "${pids[i]}" 2>/dev/null || continue
+    if [[ -n ${codes[i]-} ]] || kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
     wait "${pids[i]}" 2>/dev/null
     code=$? codes[i]=$code
     ((code)) || continue
