@@ -494,7 +494,8 @@ def test_dry_run_of_the_rest(action, cloud):
   assert status == 0 and out.startswith("gcloud compute tpus ") and out.count("\n") == 1 and not c.calls()
 
 
-BAD = ["a b", "a;touch HERE", "$(touch HERE)", "`touch HERE`", "a|b", "a&b", "a>HERE", "a\nb", "a'b", 'a"b', "a\\b", "ä", "-a", "~a", "a*", "", "a\tb"]
+BAD = ["a b", "a;b", "a;touch HERE", "a$b", "$(touch HERE)", "`touch HERE`", "a|b", "a&b", "a>HERE", "a\nb", "a'b", 'a"b', "a\\b", "ä", "-a",
+       "~a", "a*", "", "a\tb"]
 
 
 @pytest.mark.parametrize("value", BAD)
@@ -509,7 +510,7 @@ def test_unsafe_values_are_refused_before_any_call(option, value, untouched):
 
 
 @pytest.mark.parametrize("word", [
-    "--workdir=gs://b/x;rm -rf ~", "$(touch HERE)", "`touch HERE`", "a&&b", "a|b", "a>HERE", "a<b", "a\nb", "a'b", 'a"b', "a\\b", "é",
+    "--workdir=gs://b/x;rm -rf ~", "a;b", "a$b", "$(touch HERE)", "`touch HERE`", "a&&b", "a|b", "a>HERE", "a<b", "a\nb", "a'b", 'a"b', "a\\b", "é",
     "*", "~", "{a,b}", "a!b", "a#b", "", "a\x01b",
     "--distributed=auto", "--workdir=runs/x", "--workdir",
 ])
