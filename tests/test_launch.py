@@ -589,7 +589,8 @@ def _slurm(tmp_path, srun, *command, **env):
   # As SLURM's: to the steps, not to the script.
   _script(folder / "scancel", f'#!/usr/bin/env bash\n{record}\nkill -TERM "$(cat {tmp_path}/step)"\n')
   env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"} | env
-  return subprocess.Popen([LAUNCH / "slurm.sh", *command], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  return subprocess.Popen([LAUNCH / "slurm.sh", *command], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          start_new_session=True)
 
 
 def _calls(tmp_path):
@@ -616,7 +617,11 @@ def test_slurm_forwards_sigterm_and_waits_for_the_saving(tmp_path):
     assert time.time() < end
     time.sleep(0.02)
   process.send_signal(signal.SIGTERM)
-  process.communicate(timeout=30)
+  try:
+    process.communicate(timeout=30)
+  finally:
+    if process.poll() is None:
+      os.killpg(process.pid, signal.SIGKILL)
   assert process.returncode == 75 and (tmp_path / "saved").exists()
   assert _calls(tmp_path) == [SRUN, "scancel --signal=TERM 17", "scontrol requeue 17"]
 
