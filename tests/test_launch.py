@@ -494,7 +494,8 @@ def test_dry_run_of_the_rest(action, cloud):
   assert status == 0 and out.startswith("gcloud compute tpus ") and out.count("\n") == 1 and not c.calls()
 
 
-BAD = ["a b", "a;touch HERE", "$(touch HERE)", "`touch HERE`", "a|b", "a&b", "a>HERE", "a\nb", "a'b", 'a"b', "a\\b", "ä", "-a", "~a", "a*", "", "a\tb"]
+BAD = ["a b", "a;b", "a;touch HERE", "a$b", "$(touch HERE)", "`touch HERE`", "a|b", "a&b", "a>HERE", "a\nb", "a'b", 'a"b', "a\\b", "ä", "-a",
+       "~a", "a*", "", "a\tb"]
 
 
 @pytest.mark.parametrize("value", BAD)
@@ -509,7 +510,7 @@ def test_unsafe_values_are_refused_before_any_call(option, value, untouched):
 
 
 @pytest.mark.parametrize("word", [
-    "--workdir=gs://b/x;rm -rf ~", "$(touch HERE)", "`touch HERE`", "a&&b", "a|b", "a>HERE", "a<b", "a\nb", "a'b", 'a"b', "a\\b", "é",
+    "--workdir=gs://b/x;rm -rf ~", "a;b", "a$b", "$(touch HERE)", "`touch HERE`", "a&&b", "a|b", "a>HERE", "a<b", "a\nb", "a'b", 'a"b', "a\\b", "é",
     "*", "~", "{a,b}", "a!b", "a#b", "", "a\x01b",
     "--distributed=auto", "--workdir=runs/x", "--workdir",
 ])
@@ -588,7 +589,8 @@ def _slurm(tmp_path, srun, *command, **env):
   # As SLURM's: to the steps, not to the script.
   _script(folder / "scancel", f'#!/usr/bin/env bash\n{record}\nkill -TERM "$(cat {tmp_path}/step)"\n')
   env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"} | env
-  return subprocess.Popen([LAUNCH / "slurm.sh", *command], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  return subprocess.Popen([LAUNCH / "slurm.sh", *command], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          start_new_session=True)
 
 
 def _calls(tmp_path):
@@ -615,7 +617,11 @@ def test_slurm_forwards_sigterm_and_waits_for_the_saving(tmp_path):
     assert time.time() < end
     time.sleep(0.02)
   process.send_signal(signal.SIGTERM)
-  process.communicate(timeout=30)
+  try:
+    process.communicate(timeout=30)
+  finally:
+    if process.poll() is None:
+      os.killpg(process.pid, signal.SIGKILL)
   assert process.returncode == 75 and (tmp_path / "saved").exists()
   assert _calls(tmp_path) == [SRUN, "scancel --signal=TERM 17", "scontrol requeue 17"]
 
