@@ -16,12 +16,22 @@ grace=${GRACE:-75}
 
 # A port that is free now; the coordinator takes it a moment later.
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit 1
+# Lines with the process's number; a progress bar's too, which end in \r, and what a killed one left unfinished.
+relay='
+import os, sys
+number, held = sys.argv[1].encode(), b""
+while data := os.read(0, 65536):
+  *lines, held = (held + data).replace(b"\r", b"\n").split(b"\n")
+  os.write(1, b"".join(b"[%s] %s\n" % (number, line) for line in lines if line))
+if held:
+  os.write(1, b"[%s] %s\n" % (number, held))'
+
 pids=() codes=() writers=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' INT TERM
 for ((i = 0; i < processes; i++)); do
   # Whoever signals all of the group means the programs: one that cannot write any more could not save either.
-  exec 3> >(trap "" INT TERM; exec sed -u "s/^/[$i] /") && writers+=($!)
-  exec 4> >(trap "" INT TERM; exec sed -u "s/^/[$i] /" >&2) && writers+=($!)
+  exec 3> >(trap "" INT TERM; exec python3 -S -c "$relay" "$i") && writers+=($!)
+  exec 4> >(trap "" INT TERM; exec python3 -S -c "$relay" "$i" >&2) && writers+=($!)
   JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices "$@" "--distributed=127.0.0.1:$port,$i,$processes" >&3 2>&4 3>&- 4>&- &
   pids+=($!)
   exec 3>&- 4>&-

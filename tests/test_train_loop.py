@@ -297,6 +297,7 @@ def test_an_unfinished_write_is_not_a_checkpoint(tmp_path):
   shutil.copytree(tmp_path / "checkpoints" / "2", tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp-1")
   state = _checkpoint(tmp_path, config, 2)
   assert int(state.step) == 2
+  assert _files(tmp_path / "checkpoints") == {"2"}  # what a kill has left does not pile up
 
 
 @pytest.mark.slow
