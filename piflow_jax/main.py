@@ -6,8 +6,9 @@
 Numbers and texts of the config can be set on the command line: --config.batch_size=64 --config.optimizer.learning_rate=1e-4.
 configs/base.py lists them all. The same command with the same --workdir goes on where it was.
 On several hosts every one runs the same command with --distributed=auto (launch/ has scripts that do).
-Exit status: 0 done; 2 bad input; 3 a loss that is not finite; 75 start again: stopped by SIGTERM with everything saved, or another
-process is gone. That may also end in JAX aborting (134), with a line of its own: whatever a signal ended is to be started again too.
+Exit status: 0 done; 2 bad input, or a workdir that cannot be written any more; 3 a loss that is not finite; 75 start again: stopped
+by SIGTERM with everything saved, or another process is gone. That may also end in JAX aborting (134), with a line of its own:
+whatever a signal ended is to be started again too.
 """
 
 import importlib.util
@@ -119,6 +120,8 @@ def run(main, required=("config", "workdir")):
       _fail(2, e)
     except errors.NotFinite as e:
       _fail(3, e)
+    except errors.NotWritten as e:
+      errors.leave(2, e)
     except ImportError as e:
       if "gcsfs" not in str(e):
         raise
@@ -126,9 +129,8 @@ def run(main, required=("config", "workdir")):
     except Exception as e:
       if not errors.process_lost(e):
         raise
-      print("error: another process of this run is gone; start all of them again, they go on from the last checkpoint "
-            f"({' '.join(str(e).split())[:200]})", file=sys.stderr, flush=True)
-      os._exit(train_loop.RESTART)  # an orderly exit would wait for the one that is gone
+      errors.leave(train_loop.RESTART, "another process of this run is gone; start all of them again, they go on from the last "
+                   f"checkpoint ({' '.join(str(e).split())[:200]})")
 
   app.run(guarded, flags_parser=parse)
 

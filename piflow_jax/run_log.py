@@ -1,6 +1,7 @@
 """What a run leaves to look at: metrics.jsonl, TensorBoard events, pictures, and the config that it belongs to."""
 
 import contextlib
+import functools
 import io
 import json
 import time
@@ -106,9 +107,11 @@ class RunLog:
 
   def __init__(self, workdir, start):
     self._path = epath.Path(workdir) / "metrics.jsonl"
+    self._storing = functools.partial(errors.storing, f"--workdir: the log of {workdir}")
     self._lines = [line for line in read_metrics(workdir) if line["step"] <= start]
-    self._rewrite()
-    self._events = tensorboardX.SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=start + 1)
+    with self._storing():
+      self._rewrite()
+      self._events = tensorboardX.SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=start + 1)
 
   def _rewrite(self):
     temporary = self._path.with_suffix(".tmp")
@@ -118,11 +121,12 @@ class RunLog:
   def write(self, step, values):
     line = {"step": step} | {k: float(v) for k, v in values.items()}
     self._lines.append(line)
-    if "://" in str(self._path):
-      self._rewrite()  # object stores know no append
-    else:
-      with self._path.open("a") as f:
-        f.write(json.dumps(line) + "\n")
+    with self._storing():
+      if "://" in str(self._path):
+        self._rewrite()  # object stores know no append
+      else:
+        with self._path.open("a") as f:
+          f.write(json.dumps(line) + "\n")
     for name, value in line.items():
       if name != "step":
         self._events.add_scalar(name, value, step)
@@ -135,14 +139,17 @@ class RunLog:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     folder = self._path.parent / "pictures"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}_{step:07d}.png").write_bytes(buffer.getvalue())
+    with self._storing():
+      folder.mkdir(exist_ok=True)
+      (folder / f"{name}_{step:07d}.png").write_bytes(buffer.getvalue())
 
   def flush(self):
-    self._events.flush()
+    with self._storing():
+      self._events.flush()
 
   def close(self):
-    self._events.close()
+    with self._storing():
+      self._events.close()
 
 
 def read_metrics(workdir):

@@ -134,6 +134,7 @@ def train(config, workdir):
   Raises:
     errors.UserError: bad input, before anything is written.
     errors.NotFinite: a loss that is not finite.
+    errors.NotWritten: a checkpoint, a picture or the log.
   """
   began = time.time()
   mesh = sharding.make_mesh(**config.mesh)
@@ -233,10 +234,10 @@ def _loop(config, workdir, jitted, manager, log, watch, batches, mesh, key, stat
         checkpoint.save(manager, done, state, {
             "batches": done, "seconds": seconds_before + time.time() - began} | goodput.saved())
       if stopping and done < config.steps:
-        manager.wait_until_finished()
+        checkpoint.finish(manager)
         bar.write(f"{workdir}: stopped by a signal at step {done}, saved; the same command goes on from there")
         return RESTART
-    manager.wait_until_finished()
+    checkpoint.finish(manager)
   return 0
 
 
