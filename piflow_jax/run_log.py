@@ -6,6 +6,7 @@ import io
 import json
 import time
 
+from absl import logging
 from etils import epath
 import numpy as np
 import tensorboardX
@@ -15,7 +16,8 @@ from piflow_jax import errors
 # Fields that say how a run is watched, placed or how long it is, not what it computes: these may change on a restart.
 # (Not the length of a cosine schedule, which is in every step's learning rate.)
 _FREE = ("steps", "log_every", "eval_every", "eval_batches", "image_every", "checkpoint_every", "keep_checkpoints",
-         "keep_every", "profile_steps", "sharding_rules", "zero", "network.remat", "network.unroll", "mesh.", "sampling.", "evaluation.")
+         "keep_every", "profile_steps", "sharding_rules", "zero", "microbatches", "network.remat", "network.attention",
+         "network.unroll", "mesh.", "sampling.", "evaluation.")
 
 
 def _plain(value):
@@ -61,13 +63,17 @@ def claim(workdir, config, write=True):
 
 def _compare(old, new, workdir):
   fixed = ("steps",) if new.get("optimizer.schedule") == "cosine" else ()
-  differ = [k for k in sorted(old.keys() | new.keys())
-            if old.get(k) != new.get(k) and (k in fixed or not k.startswith(_FREE))]
+  matter = lambda keys: [k for k in sorted(keys) if k in fixed or not k.startswith(_FREE)]
+  differ = [k for k in matter(old.keys() & new.keys()) if old[k] != new[k]]
   if differ:
-    shown = "; ".join(f"config.{k} is {new.get(k)!r}, was {old.get(k)!r}" for k in differ[:3])
+    shown = "; ".join(f"config.{k} is {new[k]!r}, was {old[k]!r}" for k in differ[:3])
     more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
     raise errors.UserError(
         f"--workdir: {str(workdir)!r} holds a run of another config ({shown}{more}); choose another workdir or that config")
+  # Of another version of the package: a field that did not exist then has done no harm, and its default should be what was.
+  if other := matter(old.keys() ^ new.keys()):
+    logging.warning("%s was begun by a version without, or with other, fields of the config (%s): check that they mean what it was "
+                    "begun with", workdir, ", ".join(f"config.{k}={new.get(k, old.get(k))!r}" for k in other[:5]))
 
 
 class Goodput:

@@ -1,9 +1,10 @@
-"""The share of wall time in steps: what counts, what does not, and that it outlives a session."""
+"""Goodput: what counts, what does not, and that it outlives a session; whose a workdir is."""
 
 import json
 
 import pytest
 
+from piflow_jax import errors
 from piflow_jax import run_log
 from piflow_jax import train_loop
 from tests import tiny
@@ -52,3 +53,24 @@ def test_a_run_logs_it_and_takes_it_along(tmp_path):
   assert shares[0] == 0 and all(0 < share < 1 for share in shares[1:])
   # The second session's start-up, and a first step that does not count; what the first one did is not forgotten.
   assert 0 < shares[40] < shares[39]
+
+
+def test_a_workdir_belongs_to_its_config_but_for_what_may_change(tmp_path, caplog):
+  run_log.claim(tmp_path, tiny.config("teacher"))
+  run_log.claim(tmp_path, tiny.config("teacher", steps=9, mesh__fsdp=4, microbatches=2, network__attention="xla"))
+  with pytest.raises(errors.UserError, match="config.batch_size is 8, was 16"):
+    run_log.claim(tmp_path, tiny.config("teacher", batch_size=8))
+  run_log.claim(tmp_path / "cosine", tiny.config("teacher", steps=8, optimizer__schedule="cosine"))
+  with pytest.raises(errors.UserError, match="config.steps is 9, was 8"):
+    run_log.claim(tmp_path / "cosine", tiny.config("teacher", steps=9, optimizer__schedule="cosine"))
+  assert not caplog.messages
+
+
+def test_a_run_of_an_older_version_goes_on_with_a_word(tmp_path, caplog):
+  run_log.claim(tmp_path, tiny.config("teacher"))
+  path = tmp_path / "config.json"
+  old = json.loads(path.read_text())
+  path.write_text(json.dumps({k: v for k, v in old.items() if k != "accumulator"} | {"optimizer.nesterov": True}))
+  run_log.claim(tmp_path, tiny.config("teacher"))
+  assert len(caplog.messages) == 1 and "config.accumulator='float32', config.optimizer.nesterov=True" in caplog.messages[0]
+  assert json.loads(path.read_text()) == old
