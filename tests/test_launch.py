@@ -20,9 +20,10 @@ URL = "https://example.com/group/piflow.git"
 TOOLS = "awk bash basename cat chmod cksum cut date dirname env flock git grep mkdir mktemp rm sed sleep sort tr uname".split()
 
 # No imports that take time, json among them: it starts hundreds of times. ssh runs in a session of its own: a Ctrl-C here
-# is none there.
+# is none there. One that comes too early waits until it can take ssh's other side along: that would hold our output open.
 GCLOUD = f"""#!{sys.executable} -IS
-import os, sys, time
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 cloud = os.environ["CLOUD"]
 args = sys.argv[1:]
 quoted = ['"' + a.replace("\\\\", "\\\\\\\\").replace('"', '\\\\"') + '"' for a in args]
@@ -79,15 +80,14 @@ for worker in range(state["workers"]) if options["worker"] == "all" else [int(op
   home = f"{{cloud}}/home/w-{{worker}}"
   os.makedirs(home, exist_ok=True)
   env = os.environ | {{"HOME": home, "PATH": f"{{cloud}}/bin:" + os.environ["PATH"]}}
-  child = os.fork()
-  if not child:
-    os.setsid()
-    os.chdir(home)
-    os.execvpe("bash", ["bash", "-c", options["command"]], env)
+  os.chdir(home)
+  child = os.posix_spawnp("bash", ["bash", "-c", options["command"]], env, setsid=True, setsigmask=[])
   try:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or status
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
   except KeyboardInterrupt:
-    os.killpg(child, 9)
+    os.killpg(child, signal.SIGKILL)
     sys.exit(130)
 if os.path.exists(cloud + "/taken"):
   end(255, "connection closed")
@@ -415,6 +415,8 @@ def test_a_dropped_ssh_leaves_the_run_alone(cloud):
 
 
 def test_detach_attach_stop(cloud):
+  # A shell that starts the tests by `&` has it ignored, and what they start would inherit that.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   c = cloud(ends=["hang"])
   process = c.start("run")
   c.until(lambda: c.programs(0) and c.programs(1) and any("tail" in call[-1] for call in c.calls("ssh")))
