@@ -166,6 +166,15 @@ def without_prefix(source, recognised):
   return source
 
 
+def check_free(folder):
+  """Raises errors.UserError: `write` would not write there."""
+  if "://" in str(folder):
+    raise errors.UserError(f"--out: {str(folder)!r}: only local folders; copy it from there")
+  folder = pathlib.Path(folder)
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise errors.UserError(f"--out: {str(folder)!r} is there and not empty; choose another")
+
+
 def write(folder, tensors, *, config, metadata, beside=(), max_bytes=5 << 30):
   """Write tensors as safetensors (several with an index if they are many) and config.json; all of it, or nothing.
 
@@ -181,11 +190,8 @@ def write(folder, tensors, *, config, metadata, beside=(), max_bytes=5 << 30):
   Raises:
     errors.UserError: the folder has something in it.
   """
-  if "://" in str(folder):
-    raise errors.UserError(f"--out: {str(folder)!r}: only local folders; copy it from there")
+  check_free(folder)
   folder = pathlib.Path(os.path.abspath(folder))
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise errors.UserError(f"--out: {str(folder)!r} is there and not empty; choose another")
   partial = folder.with_name(f".{folder.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
   try:

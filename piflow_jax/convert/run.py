@@ -36,6 +36,7 @@ def from_torch(path, workdir, config=None, *, naming=None, dry_run=False):
   Raises:
     errors.UserError: whatever does not fit, before anything is written.
   """
+  checkpoint.check_free(workdir)
   with files.open_source(path) as source:
     source = files.without_prefix(source, lambda keys: bool(autoencoder.recognised(keys) or dit.namings_of(keys)))
     if autoencoder.recognised(source.shapes):
@@ -66,7 +67,7 @@ def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32
 
   Args:
     workdir: of the run, or one that `from_torch` made.
-    out: folder to make.
+    out: folder to make; a dry run needs none.
     config: of the run; an autoencoder needs none.
     naming: name in `dit.NAMINGS` for a teacher; pi-Flow's release by default, and for students.
     ema: averaged weights, not the last ones.
@@ -76,6 +77,8 @@ def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32
   Raises:
     errors.UserError: whatever does not fit, before anything is written.
   """
+  if out is not None:
+    files.check_free(out)
   with checkpoint.open_weights(workdir, "ema" if ema else "params", "--workdir") as (shapes, read):
     settings = epath.Path(workdir) / _SETTINGS
     if settings.exists():

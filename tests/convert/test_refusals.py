@@ -1,6 +1,8 @@
 """What a file or a folder may be that the converter must not take for something else. No PyTorch needed."""
 
 import json
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -120,6 +122,49 @@ def test_where_an_export_may_go(tmp_path):
                      (tmp_path / "file", "is there and not empty")):
     with pytest.raises(errors.UserError, match=f"--out: .*{words}"):
       files.write(out, [("a", np.zeros(2, np.float32))], config={}, metadata={})
+
+
+def test_a_dry_run_tells_where_nothing_could_be_written(tmp_path):
+  config = _config("gm")
+  out = _exported(tmp_path, config)
+  with pytest.raises(errors.UserError, match="--out: .* is there and not empty"):
+    run.to_torch(tmp_path / "run", out, config, dry_run=True)
+  with pytest.raises(errors.UserError, match="--workdir: .* holds checkpoints already"):
+    run.from_torch(out, tmp_path / "run", config, dry_run=True)
+
+
+_HOLDING = """
+import sys, threading, time
+import numpy as np
+from piflow_jax import checkpoint
+
+SIZE = 96 << 20
+held, done = [], threading.Event()
+
+def watch():
+  while not done.is_set():
+    held.append(int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) << 10)
+    time.sleep(0.005)
+
+def leaves():
+  for i in range(3):
+    leaf = np.random.default_rng(i).standard_normal(SIZE // 4, dtype=np.float32)
+    yield f"a/{i}", leaf
+
+threading.Thread(target=watch, daemon=True).start()
+time.sleep(0.1)
+before = held[-1]
+checkpoint.save_weights(sys.argv[1], leaves())
+done.set()
+print((max(held) - before) / SIZE)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts memory by /proc")
+def test_what_is_held_while_weights_are_written(tmp_path):
+  process = subprocess.run([sys.executable, "-c", _HOLDING, tmp_path / "run"], capture_output=True, text=True, check=True)
+  # The array and its copy on the way to the disk; 3.9 where Orbax compresses.
+  assert float(process.stdout) < 2.7, process.stdout
 
 
 @pytest.mark.parametrize("change, words", [
