@@ -76,6 +76,12 @@ def _compare(old, new, workdir):
                     "begun with", workdir, ", ".join(f"config.{k}={new.get(k, old.get(k))!r}" for k in other[:5]))
 
 
+def stopwatch(before, clock=time.time):
+  """() -> seconds of the sessions before, and of this one from now on."""
+  began = clock()
+  return lambda: before + clock() - began
+
+
 class Goodput:
   """The share of wall time since the run first started that went into steps which are still part of it.
 

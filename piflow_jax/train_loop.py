@@ -1,6 +1,7 @@
 """The training loop: a TrainState of arrays, one jitted sharded step, and what happens around it."""
 
 import functools
+import itertools
 import signal
 import sys
 import time
@@ -163,11 +164,31 @@ def train(config, workdir):
     if start >= config.steps:
       return 0
     batches = loader.batches(records, batch_size=config.batch_size, seed=config.seed, start=position["batches"])
+    goodput, seconds = run_log.Goodput(position), run_log.stopwatch(position["seconds"])
+    step = lambda state, batch: jitted["step"](state, teacher_params, batch, key)
+    if config.profile_steps:
+      step = _profiled(step, f"{workdir}/profile", config.profile_steps)
+    save = lambda state, done: checkpoint.save(
+        manager, done, state, {"batches": done, "seconds": seconds()} | goodput.saved())
     log = run_log.RunLog(workdir, start) if jax.process_index() == 0 else None
-    watch = functools.partial(_watch, config, jitted, source("held_out"), teacher_params, key, mesh, log)
     try:
-      return _loop(config, workdir, jitted, manager, log, watch, batches, mesh, key, state, teacher_params, start,
-                   position["seconds"], run_log.Goodput(position))
+      with _catch_sigterm() as told, tqdm.tqdm(
+          total=config.steps, initial=start, unit="step", desc=str(workdir), dynamic_ncols=True,
+          mininterval=0.5 if sys.stderr.isatty() else 20, disable=log is None) as bar:
+        report = _reporter(config, log, bar, start, jitted["rate"], seconds, goodput)
+        watch = functools.partial(_watch, config, jitted, source("held_out"), teacher_params, key, mesh, log)
+        # Counted from the session's start: a notice that comes before the first step makes JAX name 1 as where all stop.
+        stopping = lambda step: bool(told) or multihost_utils.reached_preemption_sync_point(step - start)
+        placed = (sharding.place_batch(batch, mesh) for batch in batches)
+        done = _loop(config, state, start, placed, step, stopping, report, watch, save, goodput)
+        checkpoint.finish(manager)
+        if done == config.steps:
+          return 0
+        bar.write(f"{workdir}: stopped by a signal at step {done}, saved; the same command goes on from there")
+        return RESTART
+    except errors.NotFinite as e:
+      raise errors.NotFinite(f"{e}; the last good checkpoint of {workdir} is kept (step {manager.latest_step()}); "
+                             "lower config.optimizer.learning_rate, or look at the data") from e
     finally:
       if log:
         log.close()
@@ -178,67 +199,73 @@ def _say(text):
     print(text, flush=True)
 
 
-def _loop(config, workdir, jitted, manager, log, watch, batches, mesh, key, state, teacher_params, start, seconds_before,
-          goodput):
-  began = time.time()
+def _loop(config, state, start, batches, step, stopping, report, watch, save, goodput):
+  """Steps, and what is due after them, up to config.steps or where `stopping`; returns the number of steps made."""
   pending = None  # the step before's metrics: fetched when the next step is under way, so that no device waits
-  last = dict(time=began, step=start)
-  profile = range(start + 10, start + 10 + config.profile_steps)
 
   def settle():
     nonlocal pending
-    if pending is None:
-      return
-    (done, values), pending = pending, None
-    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    if pending is not None:
+      (done, values), pending = pending, None
+      report(done, {k: float(v) for k, v in jax.device_get(values).items()})
+
+  for i in range(start, config.steps):
+    batch = next(batches)
+    with goodput.step():
+      state, metrics = step(state, batch)
+      settle()
+    done = i + 1
+    pending = (done, metrics)
+    stop = stopping(i)
+    due = lambda every: bool(every) and (done % every == 0 or done == config.steps)
+    if due(config.checkpoint_every) or stop or due(config.eval_every) or due(config.image_every):
+      with goodput.step():
+        settle()  # nothing is saved or drawn from parameters whose loss has not been looked at
+    if due(config.eval_every) or due(config.image_every):
+      watch(state, done, due)
+    if due(config.checkpoint_every) or stop:
+      save(state, done)
+    if stop:
+      return done
+  settle()
+  return config.steps
+
+
+def _profiled(step, folder, count):
+  """The step function, of which `count` calls from the eleventh on are traced into a folder."""
+  calls = itertools.count()
+
+  def traced(*args):
+    call = next(calls)
+    if call == 10:
+      jax.profiler.start_trace(folder)
+    out = step(*args)
+    if call == 9 + count:
+      jax.block_until_ready(out)
+      jax.profiler.stop_trace()
+    return out
+
+  return traced
+
+
+def _reporter(config, log, bar, start, rate, seconds, goodput):
+  """report(done, values): looks at a step's loss, shows it and logs it every so often. Raises errors.NotFinite."""
+  last = dict(time=time.time(), step=start)
+
+  def report(done, values):
+    bar.update(done - bar.n)
     finite = np.isfinite(values["loss"])
     if log and (done % config.log_every == 0 or done == config.steps or not finite):
       now = time.time()
       speed = (done - last["step"]) / max(now - last["time"], 1e-9)
       last.update(time=now, step=done)
-      rate = float(jitted["rate"](done - 1))
       log.write(done, values | {
-          "learning_rate": rate, "steps_per_second": speed, "seconds": seconds_before + now - began,
-          "goodput": goodput.share()})
+          "learning_rate": float(rate(done - 1)), "steps_per_second": speed, "seconds": seconds(), "goodput": goodput.share()})
       bar.set_postfix_str(f"loss {values['loss']:.4g}")
     if not finite:
-      raise errors.NotFinite(
-          f"loss is {values['loss']} at step {done}; the last good checkpoint of {workdir} is kept "
-          f"(step {manager.latest_step()}); lower config.optimizer.learning_rate, or look at the data")
+      raise errors.NotFinite(f"loss is {values['loss']} at step {done}")
 
-  with _catch_sigterm() as stop_asked, tqdm.tqdm(
-      total=config.steps, initial=start, unit="step", desc=str(workdir), dynamic_ncols=True,
-      mininterval=0.5 if sys.stderr.isatty() else 20, disable=log is None) as bar:
-    for step in range(start, config.steps):
-      if config.profile_steps and step == profile.start:
-        jax.profiler.start_trace(f"{workdir}/profile")
-      batch = sharding.place_batch(next(batches), mesh)
-      with goodput.step():
-        state, metrics = jitted["step"](state, teacher_params, batch, key)
-        settle()
-      done = step + 1
-      pending = (done, metrics)
-      bar.update()
-      if config.profile_steps and done == profile.stop:
-        jax.block_until_ready(state)
-        jax.profiler.stop_trace()
-      # Counted from the session's start: a notice that comes before the first step makes JAX name 1 as where all stop.
-      stopping = bool(stop_asked) or multihost_utils.reached_preemption_sync_point(step - start)
-      due = lambda every: bool(every) and (done % every == 0 or done == config.steps)
-      if due(config.checkpoint_every) or stopping or due(config.eval_every) or due(config.image_every):
-        with goodput.step():
-          settle()  # nothing is saved or drawn from parameters whose loss has not been looked at
-      if due(config.eval_every) or due(config.image_every):
-        watch(state, done, due)
-      if due(config.checkpoint_every) or stopping:
-        checkpoint.save(manager, done, state, {
-            "batches": done, "seconds": seconds_before + time.time() - began} | goodput.saved())
-      if stopping and done < config.steps:
-        checkpoint.finish(manager)
-        bar.write(f"{workdir}: stopped by a signal at step {done}, saved; the same command goes on from there")
-        return RESTART
-    checkpoint.finish(manager)
-  return 0
+  return report
 
 
 def _watch(config, jitted, held_out, teacher_params, key, mesh, log, state, done, due):
