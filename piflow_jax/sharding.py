@@ -1,5 +1,6 @@
 """Where arrays live: a mesh, rules from path patterns to partition specs, and the placement of batches."""
 
+import functools
 import re
 
 import jax
@@ -31,7 +32,8 @@ def make_mesh(data=-1, fsdp=1, tensor=1, slices=1, devices=None):
     sizes[sizes.index(-1)] = n // known
   if min(slices, *sizes) < 1 or slices * int(np.prod(sizes)) != n:
     raise errors.UserError(f"{told} does not make {n} devices; set one of data, fsdp, tensor to -1 to infer it")
-  there = len({getattr(device, "slice_index", 0) for device in devices})
+  # GPUs name a host, or what NVLink joins, a slice; their mesh need not follow it.
+  there = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu" or slices > 1})
   if there > 1:
     if slices != there:
       raise errors.UserError(f"{told}, but the devices are {there} slices; set slices={there}")
@@ -45,6 +47,22 @@ def make_mesh(data=-1, fsdp=1, tensor=1, slices=1, devices=None):
 def sample_parts(mesh):
   """Into how many parts a mesh splits a batch."""
   return int(np.prod([mesh.shape[axis] for axis in SAMPLES]))
+
+
+def under(mesh, f):
+  """f, traced with the mesh at hand for `constrain`, `platform` and `per_device`."""
+  @functools.wraps(f)
+  def traced(*args):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return f(*args)
+
+  return traced
+
+
+def splits(n):
+  """Whether the mesh that is being traced under, if any, can split n samples evenly."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.empty or n % sample_parts(mesh) == 0
 
 
 def constrain(x, *spec):
@@ -79,7 +97,8 @@ def shardings(tree, rules, mesh, *, spread=()):
     rules: (pattern, axes of the mesh for the leaf's).
     mesh: see `make_mesh`.
     spread: axes of the mesh over which a leaf is split too, along the first of its axes that they divide: ("data",) is
-      ZeRO (arXiv 1910.02054) for what no forward pass reads.
+      ZeRO (arXiv 1910.02054) for what no forward pass reads. A leaf with no such axis stays whole, which for many parts
+      may be a large one: the plan shows what is left.
   Raises:
     ValueError: a leaf that no rule names: silence here would be a replicated 20B matrix.
   """
@@ -111,7 +130,7 @@ def _spread(shape, spec, axes, mesh):
     mine = (axis,) if axis else ()
     if size % (parts * int(np.prod([mesh.shape[a] for a in mine]))) == 0:
       return (*spec[:i], (*mine, *axes), *spec[i + 1:])
-  return spec  # too small to matter
+  return spec
 
 
 def place_batch(batch, mesh):

@@ -109,15 +109,7 @@ def compile_run(config, mesh, run):
     return sampler.sample(run.flow_map(params, teacher_params, cond, c.nfe), noise, key, nfe=c.nfe, h=c.h,
                           shift=build.shift(config), final_scale=config.flow.final_scale)
 
-  def under_mesh(f):
-    @functools.wraps(f)
-    def traced(*args):
-      with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return f(*args)
-
-    return traced
-
-  step, evaluate, draw = under_mesh(step), under_mesh(evaluate), under_mesh(draw)
+  init, step, evaluate, draw = (sharding.under(mesh, f) for f in (init, step, evaluate, draw))
   return dict(
       init=jax.jit(init, out_shardings=spots(state)),
       step=jax.jit(step, donate_argnums=0, in_shardings=(spots(state), spots(teacher), split, everywhere),

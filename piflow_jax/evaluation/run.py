@@ -106,7 +106,7 @@ def bench(config, mesh):
       return sampler.sample(flow_map_of(weights, cond), noise, key, nfe=nfe, h=h, shift=build.shift(config),
                             final_scale=config.flow.final_scale)
 
-    return jax.jit(sample, in_shardings=(None, split, split, None))
+    return jax.jit(sharding.under(mesh, sample), in_shardings=(None, split, split, None))
 
   labels = (np.arange(c.samples) % config.data.num_classes).astype(np.int32)
   return Bench(train, held_out, extract, predict, labels, noises, draw)

@@ -22,7 +22,8 @@ def attention(q, k, v, kernel="auto", *, interpret=False):
   Args:
     q, k, v: as above.
     kernel: "xla"; "splash" or "flash" (Pallas, TPU); "cudnn" (GPU, half precision); "auto": splash on a TPU and cuDNN on a
-      GPU where the sizes suit them, else XLA. The Pallas kernels know no forward-mode derivative.
+      GPU where the sizes suit them, else XLA. The Pallas kernels know no forward-mode derivative. Where the mesh cannot
+      split the batch evenly (a row of pictures, the single sample that parameters are made with) it is XLA in their stead.
     interpret: run a Pallas kernel on any platform, slowly: for tests.
   Raises:
     errors.UserError: a kernel that is unknown, of another platform, or for other sizes.
@@ -32,6 +33,8 @@ def attention(q, k, v, kernel="auto", *, interpret=False):
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     suited = {"tpu": n % _BLOCK == 0 and "splash", "gpu": half and dim % 8 == 0 and dim <= 128 and "cudnn"}
     kernel = suited.get(platform) or "xla"
+  if kernel in ("splash", "flash") and not sharding.splits(q.shape[0]):
+    kernel = "xla"
   if kernel in ("xla", "cudnn"):
     if kernel == "cudnn" and platform != "gpu":
       raise errors.UserError(f"config.network.attention: cudnn needs a GPU, not {platform}; set auto")

@@ -3,7 +3,7 @@
   python -m piflow_jax.plan --config=configs/imagenet_dit.py:XL,repa-1nfe --config.mesh.fsdp=16 --topology=v5e-16
   python -m piflow_jax.plan --config=configs/imagenet_dit.py:XL,repa-1nfe --topology=v5p:4x4x4,v6e-256 --json=plan.json
 
-A slice is a generation (v4, v5e, v5p, v6e) and its shape, or its size; --slices=2 joins two of them. Several make one
+A slice is a generation (v5e, v5p, v6e) and its shape, or its size; --slices=2 joins two of them. Several make one
 table. Memory is what XLA's compiler for TPUs says; FLOPs are counted in the traced step; the time of a step is the
 largest of: FLOPs at the chip's peak, the compiler's own estimate of its cycles, bytes sent over the links. It is a bound
 of what to hope for, not a measurement. Needs libtpu (make plan brings it), some minutes and 3 GB.
@@ -11,6 +11,7 @@ Exit status: 0 everything fits; 1 something does not; 2 bad input.
 """
 
 import json
+import os
 import pathlib
 import sys
 import time
@@ -36,6 +37,12 @@ def _main(argv):
   del argv
   if SLICES.value < 1:
     raise errors.UserError(f"--slices: {SLICES.value} is less than 1")
+  if not TOPOLOGY.value or len(set(TOPOLOGY.value)) < len(TOPOLOGY.value):
+    raise errors.UserError(f"--topology: {','.join(TOPOLOGY.value)!r} is empty, or says one twice; name each slice once")
+  if JSON.value and (os.path.isdir(JSON.value) or not os.access(os.path.dirname(os.path.abspath(JSON.value)), os.W_OK)):
+    raise errors.UserError(f"--json: {JSON.value!r} cannot be written; name a file in a folder that you may write")
+  for topology in TOPOLOGY.value:
+    compiled.devices_of(topology, SLICES.value)  # before minutes go into the others
   plans = []
   for topology in TOPOLOGY.value:
     began = time.time()

@@ -52,8 +52,9 @@ def plan(config, topology, *, slices=1, sampler=False):
   chip, devices, name = devices_of(topology, slices)
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   train_loop.check_batch(config, mesh)
-  run = build.run(config)
-  jitted = train_loop.compile_run(config, mesh, run)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # whose devices, not this machine's, decide what can run
+    run = build.run(config)
+    jitted = train_loop.compile_run(config, mesh, run)
   state, teacher = jitted["state"], jitted["teacher"]
   if sampler:
     n, parts = config.evaluation.batch_size, sharding.sample_parts(mesh)
@@ -70,7 +71,7 @@ def plan(config, topology, *, slices=1, sampler=False):
     trees = dict(parameters=state.params, ema=state.ema, optimizer=state.opt_state, teacher=teacher, batch=batch)
   memory = {kind: _bytes(tree) for kind, tree in trees.items()}
   counted = _flops(config, mesh, arguments, sampler)
-  found = dict(topology=name, chips=len(devices) // chip.devices, mesh=dict(mesh.shape), samples=n, memory=memory,
+  found = dict(topology=name, chips=len(devices), mesh=dict(mesh.shape), samples=n, memory=memory,
                model_flops=counted[0], flops=counted[1])
   try:
     compiled = jitted["draw" if sampler else "step"].lower(*arguments).compile()

@@ -9,15 +9,80 @@ import pytest
 
 from tests import tiny
 
+# What a TPU's host would compile, with no TPU: a program for one slice, and the constants of every generation.
+_ON_A_TPUS_HOST = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from configs import imagenet_dit
+from piflow_jax import build, sharding, train_loop
+from piflow_jax.evaluation import run as evaluation
+from piflow_jax.plan import compiled
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_enable_compilation_cache", False)
+config = imagenet_dit.get_config("tiny,repa-1nfe")
+config.network.update(depth=2)
+config.data.shape = (32, 32, 4)  # 256 tokens, which splash takes
+config.mesh.fsdp = 4
+config.evaluation.update(batch_size=64, features=lambda *train: (None, None), samples=64)
+config.data.source = lambda split, shape, num_classes: [dict(x_0=np.zeros(shape, np.float32), cond=0)]
+_, devices, _ = compiled.devices_of("v5e-4", 1)
+mesh = sharding.make_mesh(**config.mesh, devices=devices)
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+  run = build.run(config)
+  jitted = train_loop.compile_run(config, mesh, run)
+shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)
+key = jax.eval_shape(lambda: jax.random.key(0))
+has = lambda compiled: "splash" in compiled.as_text()
+weights, teacher = jitted["state"].ema, jitted["teacher"]
+drawn = lambda n: jitted["draw"].lower(weights, teacher, shape(n, 32, 32, 4), shape(n, dtype=jnp.int32), key)
+print("picture", has(drawn(62).compile()), has(drawn(64).compile()))
+jitted["init"].lower(key, teacher).compile()
+draw = evaluation.bench(config, mesh).draw(evaluation.student_flow_map_of(run, 1), 1)
+print("evaluation", has(draw.lower((weights, teacher), shape(64, 32, 32, 4), shape(64, dtype=jnp.int32), 0).compile()))
+"""
+
 _FIELDS = ["--config=configs/imagenet_dit.py:tiny,repa-1nfe", "--config.network.depth=2"]
 
 
 def _plan(*arguments, shape="(8,8,4)"):
-  path = os.pathsep.join([str(tiny.ROOT / ".libtpu"), str(tiny.ROOT)])
-  env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")} | {"PYTHONPATH": path}
   command = [sys.executable, "-m", "piflow_jax.plan", *_FIELDS, f"--config.data.shape={shape}", *arguments]
-  done = subprocess.run(command, cwd=tiny.ROOT, env=env, text=True, capture_output=True, timeout=600)
+  done = subprocess.run(command, cwd=tiny.ROOT, env=_with_libtpu(), text=True, capture_output=True, timeout=600)
   return done.returncode, done.stdout, done.stderr
+
+
+def _with_libtpu():
+  path = os.pathsep.join([str(tiny.ROOT / ".libtpu"), str(tiny.ROOT)])
+  return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")} | {"PYTHONPATH": path}
+
+
+@pytest.mark.slow
+def test_what_is_drawn_on_a_tpu_compiles_whether_or_not_the_mesh_splits_it():
+  done = subprocess.run([sys.executable, "-c", _ON_A_TPUS_HOST], cwd=tiny.ROOT, env=_with_libtpu(), text=True, capture_output=True)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == ["picture False True", "evaluation True"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e-1", "v5p:2x2x1", "v6e-1"])
+def test_memory_is_what_the_compiler_grants(topology):
+  code = f"""
+import jax
+import jax.numpy as jnp
+import numpy as np
+from piflow_jax.plan import chips, compiled
+
+jax.config.update("jax_platforms", "cpu")
+chip, devices, _ = compiled.devices_of("{topology}", 1)
+placed = jax.ShapeDtypeStruct((50, 2**30), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(np.ravel(devices)[0]))
+try:
+  jax.jit(lambda x: x + 1).lower(placed).compile()
+except jax.errors.JaxRuntimeError as e:
+  print(compiled._too_much(str(e), 0)[1] / chip.memory)
+"""
+  done = subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, env=_with_libtpu(), text=True, capture_output=True)
+  assert done.stdout and abs(float(done.stdout) - 1) < 1e-3, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -73,7 +138,11 @@ def test_what_does_not_fit_says_by_how_much(tmp_path):
     ([], ["--topology"]),
     (["--topology=v5e-16", "--config.mesh.fsdp=3"], ["config.mesh", "16 devices"]),
     (["--topology=v5e-16", "--config.batch_size=100"], ["config.batch_size", "100"]),
-    (["--topology=v5e-16", "--slices=0"], ["--slices"])])
+    (["--topology=v5e-16", "--slices=0"], ["--slices"]),
+    (["--topology=v5e-16,v5p:3x4x4"], ["--topology", "v5p:3x4x4"]),
+    (["--topology="], ["--topology", "empty"]),
+    (["--topology=v5e-16,v5e-16"], ["--topology", "twice"]),
+    (["--topology=v5e-16", "--json=/nowhere/plan.json"], ["--json", "/nowhere/plan.json"])])
 def test_bad_input_is_told_in_one_line(arguments, words):
   status, out, err = _plan(*arguments)
   last = err.strip().splitlines()[-1]
