@@ -25,9 +25,11 @@ class Adam8State(NamedTuple):
 def adamw8(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, block=256):
   """optax.adamw with 8-bit moments: about 2.03 bytes a parameter instead of 8.
 
-  A moment m is stored as round(127 cbrt(m / max |m|)) with the maximum over a block, and v likewise as sqrt(v), in 255
-  levels: relative steps are alike over six decades, and where v would vanish m already has, so that no quotient m /
-  sqrt(v) explodes. (The paper has a table of 256 values; powers are elementwise, which TPUs are better at.)
+  A moment m is stored as 127 cbrt(m / max |m|), a whole number, with the maximum over a block, and v likewise as sqrt(v), in
+  255 levels: relative steps are alike over six decades. (The paper has a table of 256 values; powers are elementwise, which
+  TPUs are better at.) Rounded up or down by chance, so that m and v are right on average: rounded to the nearest level, a v
+  that falls by less than half of one a step, as it does with b2 = 0.999, would never fall. The draws are of (count, leaf). A
+  v above 0 stays above 0, so that no quotient m / sqrt(v) explodes.
 
   Args:
     learning_rate, b1, b2, eps, weight_decay: as of optax.adamw.
@@ -49,30 +51,41 @@ def scale_by_adam8(b1, b2, eps, block):
     del params
     count = optax.safe_increment(state.count)
 
-    def one(g, mu, nu, mu_scale, nu_scale):
+    def one(i, g, mu, nu, mu_scale, nu_scale):
       g = g.astype(jnp.float32)
       m = b1 * decode(mu, mu_scale) + (1 - b1) * g
       v = b2 * decode(nu, nu_scale) ** 2 + (1 - b2) * g * g
       u = (m / (1 - b1**count)) / (jnp.sqrt(v / (1 - b2**count)) + eps)
       if g.size < LEAST:
         return u, m, jnp.sqrt(v), mu_scale, nu_scale
-      (mu, mu_scale), (nu, nu_scale) = encode(m, jnp.int8, block), encode(jnp.sqrt(v), jnp.uint8, block)
+      bits = jax.random.bits(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), count), i), g.shape)
+      mu, mu_scale = encode(m, jnp.int8, block, (bits >> 16) / 2**16)
+      nu, nu_scale = encode(jnp.sqrt(v), jnp.uint8, block, (bits & 0xFFFF) / 2**16)
       return u, mu, nu, mu_scale, nu_scale
 
-    found = jax.tree.map(one, grads, state.mu, state.nu, state.mu_scale, state.nu_scale)
+    leaves = jax.tree.unflatten(jax.tree.structure(grads), range(len(jax.tree.leaves(grads))))
+    found = jax.tree.map(one, leaves, grads, state.mu, state.nu, state.mu_scale, state.nu_scale)
     u, *rest = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0,) * 5), found)
     return u, Adam8State(count, *rest)
 
   return optax.GradientTransformation(init, update)
 
 
-def encode(x, kind, block):
-  """(codes shaped like x, scales [..., blocks]) of values x; kind int8, or uint8 for values >= 0."""
+def encode(x, kind, block, uniform):
+  """(codes shaped like x, scales [..., blocks]) of values x, rounded by uniform draws in [0, 1).
+
+  Kind int8: on average decode gives x. Kind uint8, for values >= 0: on average decode^2 gives x^2, but for the lowest level.
+  """
   lead, size = _blocks(x.shape, block)
   x_blocks = x.reshape(*lead, -1, size)
   scale = jnp.max(jnp.abs(x_blocks), axis=-1)
-  root = jnp.cbrt(x_blocks / jnp.where(scale > 0, scale, 1)[..., None])
-  return jnp.round(root * jnp.iinfo(kind).max).astype(kind).reshape(x.shape), scale
+  root = jnp.cbrt(x_blocks / jnp.where(scale > 0, scale, 1)[..., None]).reshape(x.shape) * jnp.iinfo(kind).max
+  size, power = jnp.abs(root), 3 if kind == jnp.int8 else 6
+  low = jnp.floor(size)
+  up = uniform < (size**power - low**power) / ((low + 1)**power - low**power)
+  if kind == jnp.uint8:
+    up |= (low == 0) & (size > 0)
+  return (jnp.sign(root) * jnp.minimum(low + up, jnp.iinfo(kind).max)).astype(kind), scale
 
 
 def decode(codes, scale):
