@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 
-# What a TPU's host would compile, with no TPU: a program for one slice, and the constants of every generation.
+# What the program compiles on a TPU's host, with no TPU here.
 _ON_A_TPUS_HOST = """
 import jax
 import jax.numpy as jnp
