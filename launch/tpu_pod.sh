@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Run one command on every worker of a Cloud TPU pod slice, through preemptions.
+# Run one command on every worker of a Cloud TPU pod slice, or of several, through preemptions.
 #
 #   launch/tpu_pod.sh run --name=NAME --zone=ZONE --project=PROJECT --type=v5litepod-16 --runtime=v2-alpha-tpuv5-lite
-#       [--spot|--reserved] [--queued|--tpu-vm] [--commit=HEAD] [--repository=URL] [--allow-dirty] [--max-restarts=5]
+#       [--slices=1] [--spot|--reserved] [--queued|--tpu-vm] [--commit=HEAD] [--repository=URL] [--allow-dirty] [--max-restarts=5]
 #       [--dry-run] -- python -m piflow_jax.main --config=... --workdir=gs://BUCKET/RUN
-#   launch/tpu_pod.sh logs|stop|down ... the same line; name, zone, project and --tpu-vm are what counts
+#   launch/tpu_pod.sh logs|stop|down ... the same line; name, zone, project, --slices and --tpu-vm are what counts
 #
 # run   takes the queued resource (--tpu-vm: the TPU VM) of that name or makes it, installs the commit on all workers, runs
 #       COMMAND --distributed=auto there and shows worker 0. Ctrl-C detaches; the same line again attaches. A run that ends
@@ -25,11 +25,11 @@ case ${1-} in
   run | logs | stop | down) action=$1 && shift ;;
   *) sed -n '2,18s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
-declare -A option=([commit]=HEAD [max-restarts]=5)
+declare -A option=([commit]=HEAD [max-restarts]=5 [slices]=1)
 command=() kind=queued-resources capacity='' dry_run=0 allow_dirty=0
 while (($#)); do
   case $1 in
-    --name=* | --zone=* | --project=* | --type=* | --runtime=* | --commit=* | --repository=* | --max-restarts=*)
+    --name=* | --zone=* | --project=* | --type=* | --slices=* | --runtime=* | --commit=* | --repository=* | --max-restarts=*)
       key=${1%%=*} option[${key#--}]=${1#*=} ;;
     --spot | --reserved)
       [[ -z $capacity || $capacity == "$1" ]] || fail 2 "--spot, --reserved: both given; give one"
@@ -52,9 +52,16 @@ check() {  # OPTION PATTERN WHAT-IT-SHOULD-BE
 check name '[a-z]([-a-z0-9]{0,60}[a-z0-9])?' "a name of a-z, 0-9 and - that starts with a letter"
 check zone '[a-z]+-[a-z]+[0-9]+-[a-z]' "a zone such as us-east5-b"
 check project '([a-z0-9.-]+:)?[a-z][-a-z0-9]*[a-z0-9]' "a project id of a-z, 0-9 and -"
+check slices '[1-9][0-9]{0,2}' "a number of slices"
+slices=${option[slices]}
+((slices == 1)) || [[ $kind == queued-resources ]] || fail 2 "--slices, --tpu-vm: a TPU VM is one slice; leave out --tpu-vm"
 poll=${LAUNCH_POLL:-30} progress=${LAUNCH_PROGRESS:-900}
 [[ "$poll $progress" =~ ^(0|[1-9][0-9]{0,5})\ (0|[1-9][0-9]{0,5})$ ]] || fail 2 "LAUNCH_POLL, LAUNCH_PROGRESS: not whole seconds; give numbers such as 30 and 900"
 name=${option[name]} where=("--zone=${option[zone]}" "--project=${option[project]}" --quiet)
+nodes=("$name")
+if ((slices > 1)); then  # so Google Cloud calls them
+  for ((i = 0; i < slices; i++)); do nodes[i]=$name-$i; done
+fi
 
 check_run() {
   local word root
@@ -126,7 +133,16 @@ cloud() {
   printf '%s\n' "${text% }" >&3
 }
 # Keepalives, or a machine that vanishes leaves ssh waiting for good.
-on() { cloud tpu-vm ssh "$name" "${where[@]}" --ssh-flag=-oServerAliveInterval=30 --worker="$1" --command="$2"; }
+reach() { cloud tpu-vm ssh "$1" "${where[@]}" --ssh-flag=-oServerAliveInterval=30 --worker="$2" --command="$3"; }
+on() {  # WORKER TEXT: worker 0 is that of the first slice, all are those of all slices; fails when one slice does.
+  local node job jobs=() failed=0
+  if [[ $1 == 0 ]] || ((slices == 1)); then reach "${nodes[0]}" "$@"; return; fi
+  for node in "${nodes[@]}"; do
+    if ((dry_run)); then reach "$node" "$@"; else reach "$node" "$@" & jobs+=($!); fi
+  done
+  for job in "${jobs[@]}"; do wait "$job" || failed=1; done
+  return "$failed"
+}
 delete() {
   local force=()
   [[ $kind == tpu-vm ]] || force=(--force)
@@ -134,25 +150,29 @@ delete() {
 }
 
 seen=0 misses=0 may_create=1 restarts=0 attempt=0 began='' pretend=NOT_FOUND
-describe() {  # KIND FIELD; sets state
-  if state=$(cloud "$1" describe "$name" "${where[@]}" --format="value($2)" 2>"$errors"); then
+describe() {  # KIND NAME FIELD; sets state
+  if state=$(cloud "$1" describe "$2" "${where[@]}" --format="value($3)" 2>"$errors"); then
     misses=0
   elif grep -q NOT_FOUND "$errors"; then
     state=NOT_FOUND
   elif ((seen && ++misses < 5)); then
     state=UNKNOWN
   else
-    fail 1 "cannot look at $name: $(reason)"
+    fail 1 "cannot look at $2: $(reason)"
   fi
   ((!dry_run)) || state=$pretend
 }
-look() {  # Sets state to READY, NOT_FOUND, UNKNOWN or what Google Cloud calls it.
+look() {  # Sets state to READY, NOT_FOUND, UNKNOWN or what Google Cloud calls it: that of the first slice that is not READY.
+  local node
   if [[ $kind == queued-resources ]]; then
-    describe queued-resources state.state
+    describe queued-resources "$name" state.state
     [[ $state == ACTIVE ]] || return 0
     pretend=READY
   fi
-  describe tpu-vm state
+  for node in "${nodes[@]}"; do
+    describe tpu-vm "$node" state
+    [[ $state == READY ]] || break
+  done
   # A queued resource whose node is gone is on its way to SUSPENDED.
   [[ $kind == tpu-vm || $state != NOT_FOUND ]] || state=SUSPENDING
 }
@@ -166,8 +186,9 @@ again() {  # WHY
 }
 create() {
   local flags=("--accelerator-type=${option[type]}")
-  if [[ $kind == tpu-vm ]]; then flags+=("--version=${option[runtime]}"); else flags+=("--node-id=$name" "--runtime-version=${option[runtime]}"); fi
-  say "making $name (${option[type]}${capacity:+, ${capacity#--}})"
+  if [[ $kind == tpu-vm ]]; then flags+=("--version=${option[runtime]}"); else flags+=("--runtime-version=${option[runtime]}"); fi
+  if ((slices > 1)); then flags+=("--node-count=$slices" "--node-prefix=$name"); elif [[ $kind != tpu-vm ]]; then flags+=("--node-id=$name"); fi
+  say "making $name ($slices x ${option[type]}${capacity:+, ${capacity#--}})"
   if cloud "$kind" create "$name" "${where[@]}" "${flags[@]}" ${capacity:+"$capacity"} 2>"$errors"; then
     may_create=0
     if [[ $kind == tpu-vm ]]; then pretend=READY; else pretend=ACTIVE; fi

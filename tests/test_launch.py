@@ -22,7 +22,7 @@ TOOLS = "awk bash basename cat chmod cksum cut date dirname env flock git grep m
 # No imports that take time, json among them: it starts hundreds of times. ssh runs in a session of its own: a Ctrl-C here
 # is none there. One that comes too early waits until it can take ssh's other side along: that would hold our output open.
 GCLOUD = f"""#!{sys.executable} -IS
-import os, signal, sys
+import os, re, signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 cloud = os.environ["CLOUD"]
 args = sys.argv[1:]
@@ -35,8 +35,10 @@ kind, verb = args[2], args[3]
 taken = os.path.exists(cloud + "/taken")
 
 def end(status, text=""):
-  with open(cloud + "/state", "w") as f:
+  # Slices are reached side by side: nobody may read half a state.
+  with open(f"{{cloud}}/state.{{os.getpid()}}", "w") as f:
     print(state, file=f)
+  os.replace(f.name, cloud + "/state")
   if text:
     print(f"ERROR: (gcloud.compute.tpus.{{kind}}.{{verb}}) {{text}}", file=sys.stderr)
   sys.exit(status)
@@ -45,9 +47,11 @@ failure = (state["fail"].get(verb) or [None]).pop(0)
 if failure:
   end(1, failure)
 if verb == "create":
-  state["there"], state["waiting"] = True, list(state["waits"])
+  count = [int(a.split("=")[1]) for a in args if a.startswith("--node-count=")] or [1]
+  state["there"], state["waiting"], state["slices"] = True, list(state["waits"]), count[0]
   end(0)
-if not state["there"]:
+nodes = ["pod"] if state["slices"] == 1 else [f"pod-{{i}}" for i in range(state["slices"])]
+if not state["there"] or args[4] not in (nodes if kind == "tpu-vm" else ["pod"]):
   end(1, "NOT_FOUND: Resource was not found")
 if verb == "delete":
   import fcntl, glob, shutil
@@ -70,14 +74,14 @@ if verb == "describe":
   end(0)
 assert verb == "ssh"
 options = dict(a[2:].split("=", 1) for a in args if a.startswith("--") and "=" in a)
-if taken:
+if taken or os.path.exists(f"{{cloud}}/unreachable-{{args[4]}}"):
   end(1, "the TPU is in an unusable state")
 if "tail" in options["command"] and state["drops"]:
   state["drops"] -= 1
   end(255, "connection closed")
 status = 0
 for worker in range(state["workers"]) if options["worker"] == "all" else [int(options["worker"])]:
-  home = f"{{cloud}}/home/w-{{worker}}"
+  home = f"{{cloud}}/home/w-{{nodes.index(args[4]) * state['workers'] + worker}}"
   os.makedirs(home, exist_ok=True)
   env = os.environ | {{"HOME": home, "PATH": f"{{cloud}}/bin:" + os.environ["PATH"]}}
   os.chdir(home)
@@ -168,7 +172,7 @@ class Cloud:
       self.git(*command.split())
     self.ends = scenario.pop("ends", [0])
     (folder / "ends").write_text(repr(self.ends))
-    state = dict(there=False, waiting=[], waits=[], fail={}, workers=2, drops=0, deleted_by_another=False)
+    state = dict(there=False, waiting=[], waits=[], fail={}, workers=2, slices=1, drops=0, deleted_by_another=False)
     (folder / "state").write_text(repr(state | scenario))
 
   def git(self, *args):
@@ -238,7 +242,11 @@ def _one_line(err, *words):
     assert word in lines[0], lines[0]
 
 
-KINDS = [([], "queued-resources"), (["--tpu-vm"], "tpu-vm")]
+KINDS = [([], "queued-resources"), (["--slices=2"], "queued-resources"), (["--tpu-vm"], "tpu-vm")]
+
+
+def _workers(options):
+  return range(4 if "--slices=2" in options else 2)
 
 
 @pytest.mark.parametrize("options, kind", KINDS)
@@ -248,23 +256,25 @@ def test_a_fresh_machine_is_made_awaited_and_runs_on_all_workers(options, kind, 
   assert status == 0, err
   (create,) = c.calls("create")
   assert create[2] == kind and {"pod", "--accelerator-type=v6e-16", "--zone=us-east5-b", "--project=my-project"} <= set(create)
-  assert ("--node-id=pod" in create and "--runtime-version=v2-alpha-tpuv6e" in create) == (kind == "queued-resources")
+  assert ("--runtime-version=v2-alpha-tpuv6e" in create) == (kind == "queued-resources")
+  assert ("--node-id=pod" in create) == (not options)
+  assert ("--node-count=2" in create and "--node-prefix=pod" in create) == (options == ["--slices=2"])
   assert ("--version=v2-alpha-tpuv6e" in create) == (kind == "tpu-vm")
   assert "WAITING_FOR_RESOURCES" in err and "PROVISIONING" in err and err.count("WAITING_FOR_RESOURCES") == 1
-  for worker in range(2):
+  for worker in _workers(options):
     (program,) = c.programs(worker)
     assert program == dict(args=["-m", "piflow_jax.main", "--workdir=gs://b/x", "--distributed=auto"], commit=c.git("rev-parse", "HEAD"))
     assert f"worker w-{worker}: 0" in err
-  assert "hello from w-0" in out and "hello from w-1" not in out
+  assert "hello from w-0" in out and out.count("hello from") == 1
   assert not c.calls("delete")
   assert "pip install -q --python .venv/bin/python -c requirements.lock -e .[tpu]" in (c.folder / "uv").read_text()
 
 
 @pytest.mark.parametrize("options, kind", KINDS)
 def test_what_is_ready_is_taken(options, kind, cloud):
-  c = cloud(there=True)
+  c = cloud(there=True, slices=len(_workers(options)) // 2)
   assert c.call("run", *options)[0] == 0
-  assert not c.calls("create", "delete") and len(c.programs(1)) == 1
+  assert not c.calls("create", "delete") and all(len(c.programs(worker)) == 1 for worker in _workers(options))
   assert {call[2] for call in c.calls("describe")} == {kind, "tpu-vm"}
 
 
@@ -285,12 +295,26 @@ def test_preempted_in_mid_run_it_comes_back(options, kind, cloud):
   assert [call[3] for call in c.calls("create", "delete")] == ["create", "delete", "create"]
   first, second = c.calls("create")
   assert first == second and "--spot" in second
-  for worker in range(2):
+  for worker in _workers(options):
     first, second = c.programs(worker)
     assert first == second and "--workdir=gs://b/x" in second["args"]
   # A machine made anew has nothing on it: the second program can only have run if it was installed there too.
-  assert (c.folder / "uv").read_text().count("venv -q") == 4
+  assert (c.folder / "uv").read_text().count("venv -q") == 2 * len(_workers(options))
   assert "restart 1 of at most 5" in err
+
+
+def test_a_slice_that_cannot_be_asked_has_not_ended(cloud):
+  c = cloud(ends=["hang"])
+  process = c.start("run", "--slices=2")
+  c.until(lambda: all(c.programs(worker) for worker in range(4)))
+  (c.folder / "unreachable-pod-1").touch()
+  (c.folder / "go").touch()
+  seen = len(c.calls())
+  c.until(lambda: sum(call[4] == "pod-1" and "piflow-worker" in call[-1] for call in c.calls("ssh")[seen:]) >= 3 or process.poll() is not None)
+  assert process.poll() is None
+  (c.folder / "unreachable-pod-1").unlink()
+  _, err = process.communicate(timeout=30)
+  assert process.returncode == 0 and all(f"worker w-{worker}: 0" in err for worker in range(4)), err
 
 
 def test_preempted_while_installing(cloud):
@@ -485,6 +509,8 @@ def test_dry_run_prints_the_very_commands_and_runs_none(options, kind, cloud, tm
   dry = [plain(shlex.split(line)[1:]) for line in out.splitlines()]
   real = [plain(call) for call in c.calls()]
   once = lambda calls: [call for i, call in enumerate(calls) if call not in calls[:i]]
+  if "--slices=2" in options:  # slices are reached side by side
+    dry, real = sorted(dry), sorted(real)
   assert once(dry) == once(real)
   assert c.programs()[0]["args"][-2] == "--config.shape=(8, 8, 1)"
 
@@ -501,7 +527,7 @@ BAD = ["a b", "a;b", "a;touch HERE", "a$b", "$(touch HERE)", "`touch HERE`", "a|
 
 
 @pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize("option", ["name", "zone", "project", "type", "runtime", "commit", "repository", "max-restarts"])
+@pytest.mark.parametrize("option", ["name", "zone", "project", "type", "runtime", "commit", "repository", "max-restarts", "slices"])
 def test_unsafe_values_are_refused_before_any_call(option, value, untouched):
   if (option, value) == ("repository", ""):
     return  # means origin
@@ -529,6 +555,8 @@ def test_unsafe_words_are_refused_before_any_call(word, untouched):
     (["--zonne=a"], ["--zonne=a"]),
     (["stray"], ["stray"]),
     (["--zone=mars"], ["--zone", "mars", "us-east5-b"]),
+    (["--slices=2", "--tpu-vm"], ["--slices", "--tpu-vm"]),
+    (["--slices=0"], ["--slices"]),
     (["--type=big"], ["--type", "v6e-256"]),
     (["--max-restarts=08"], ["--max-restarts"]),
     (["--commit=nowhere"], ["--commit", "nowhere"]),
