@@ -14,7 +14,7 @@ ALLOWED = {
     "params": set(),
     "sharding": {"params"},
     "models": {"params", "sharding"},
-    "policy": {"flow", "models.layers"},
+    "policy": {"flow", "sharding", "models.layers"},
     "teacher": {"flow"},
     "sampler": {"flow"},
     "distill": {"flow", "policy.rollout"},

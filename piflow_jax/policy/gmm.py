@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from piflow_jax.models import layers
+from piflow_jax.policy import gmm_kernel
 
 # A tile of K = 32, C = 4 then takes a third of a megabyte, which a core's own cache holds.
 TILE_LANES = 448
@@ -53,24 +54,40 @@ class GMPolicy:
     # With x itself as the reference point nothing large is ever subtracted from something large.
     return centred(self.means, self.logweights, column(self.var), self.x_src, column(self.t_src), x, self.eps)
 
-  def by_position(self, integrate, x, *times):
-    """integrate(policy, x, *times) with policy, x and times in this file's layout; x [B, H, W, C], times [B].
+  def by_position(self, integrate, x, t, n, *times):
+    """integrate(policy, x, n, *times, n_max=) with all of these in this file's layout; x [B, H, W, C] at t, others [B].
 
-    All that integrate may know is that times broadcast to x. On a CPU it is called on a few positions at a time,
-    which stay in cache while it goes through all its substeps.
+    All that integrate may know is that n and times broadcast to x, and that n_max [] is the largest of its n. On a CPU it
+    is called on a few positions at a time, which stay in cache while it goes through all its substeps; on a TPU, told that
+    it need not be differentiable, on a few positions of one sample.
     """
     per_position = self.means, self.logweights, self.x_src, to_positions(x)
-    per_sample = [column(s) for s in (self.var, self.t_src, *times)]
+    per_sample = [column(s) for s in (n, self.var, self.t_src, t, *times)]
 
-    def run(means, logweights, x_src, x, var, t_src, *times, unrolled=False):
-      # A reference that does not move with x lets all substeps share delta and its squares.
-      prior_mean = weighted_mean(jnp.exp(logweights), means)
-      return integrate(centred(means, logweights, var, x_src, t_src, prior_mean, self.eps, unrolled), x, *times)
+    def run(means, logweights, x_src, x, n, var, t_src, t, *times, unrolled=False, **how):
+      # A reference that does not move with x lets all substeps share delta and its squares. Near the data it is where x
+      # starts, which has not far to go. The result does not depend on it, so neither does a derivative.
+      reference = jax.lax.stop_gradient(jnp.where(t < 0.5, x, weighted_mean(jnp.exp(logweights), means)))
+      policy = centred(means, logweights, var, x_src, t_src, reference, self.eps, unrolled)
+      return integrate(policy, x, n, *times, **how)
 
-    y = jax.lax.platform_dependent(
-        per_position, per_sample, cpu=functools.partial(map_tiles, functools.partial(run, unrolled=True)),
-        default=lambda per_position, per_sample: run(*per_position, *per_sample))
+    def by_xla(per_position, per_sample):
+      # Of the whole batch, and found once: a tile's lanes lie on all devices.
+      n_max = per_sample[0].max()
+      return jax.lax.platform_dependent(
+          per_position, per_sample,
+          cpu=functools.partial(map_tiles, functools.partial(run, unrolled=True, n_max=n_max)),
+          default=lambda per_position, per_sample: run(*per_position, *per_sample, n_max=n_max))
+
+    y = (on_tpu(run, by_xla) if gmm_kernel.suits(x) else by_xla)(per_position, per_sample)
     return from_positions(y, x.shape)
+
+
+def on_tpu(run, by_xla):
+  """The kernel; where a derivative is taken, XLA's loop, which remembers what that needs."""
+  rollout = jax.custom_vjp(functools.partial(gmm_kernel.integrate, functools.partial(run, differentiable=False)))
+  rollout.defvjp(functools.partial(jax.vjp, by_xla), lambda vjp, g: vjp(g))
+  return rollout
 
 
 def map_tiles(f, per_position, per_sample, *, lanes=TILE_LANES):

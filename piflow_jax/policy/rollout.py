@@ -31,24 +31,25 @@ def rollout(policy, x, tau_src, tau_dst, *, shift=1.0, total_substeps=128, max_s
   if hasattr(policy, "advance"):
     return policy.advance(x, tau_src, tau_dst)
   n = jnp.maximum(count_substeps(tau_src, tau_dst, total_substeps), 1)
-  n_max = n.max()
   steps = jnp.arange(max_substeps or total_substeps, dtype=tau_src.dtype)
 
-  def integrate(policy, x, tau_src, n, size):
+  def integrate(policy, x, n, tau_src, size, *, n_max, differentiable=True):
     def advance(x, i):
       t = flow.warp(jnp.maximum(tau_src - i * size, 0), shift)
       t_next = flow.warp(jnp.maximum(tau_src - (i + 1) * size, 0), shift)
       step = jnp.where(i < n, t_next - t, 0)
       return x + flow.broadcast_to(step, x) * policy.velocity(x, t)
 
+    if not differentiable:
+      return jax.lax.fori_loop(0, n_max.astype(jnp.int32), lambda i, x: advance(x, i.astype(x.dtype)), x)
     # Training stretches are short of the bound: what no sample needs is not computed. (Of a short bound little is spared,
     # and the derivative of what is left out would be zeros of the policy's size.) Backwards only x is remembered.
     skip = lambda x, i: jax.lax.cond(i < n_max, advance, lambda x, i: x, x, i)
     substep = jax.checkpoint(skip if len(steps) > _SHORT else advance, prevent_cse=False)
     return jax.lax.scan(lambda x, i: (substep(x, i), None), x, steps)[0]
 
-  by_position = getattr(policy, "by_position", lambda integrate, *args: integrate(policy, *args))
-  return by_position(integrate, x, tau_src, n, (tau_src - tau_dst) / n)
+  by_position = getattr(policy, "by_position", lambda integrate, x, t, n, *times: integrate(policy, x, n, *times, n_max=n.max()))
+  return by_position(integrate, x, flow.warp(tau_src, shift), n, tau_src, (tau_src - tau_dst) / n)
 
 
 def average_velocity(policy, x, tau_src, tau_dst, *, shift=1.0, total_substeps=128, max_substeps=None, eps=1e-4):
