@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class NotFinite(Exception):
-  """A loss that is no number: the run stops, its last good checkpoint stays."""
+  """A loss, or parameters, that are no numbers: the run stops, its last good checkpoint stays."""
 
 
 class NotWritten(Exception):

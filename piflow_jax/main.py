@@ -136,6 +136,8 @@ def run(main, required=("config", "workdir")):
 
 
 def _fail(status, error):
+  if jax.distributed.is_initialized():  # the others may know nothing of it, and go on
+    errors.leave(status, " ".join(str(error).split()))
   print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
   sys.exit(status)
 

@@ -133,10 +133,34 @@ def _spread(shape, spec, axes, mesh):
   return spec
 
 
-def place_batch(batch, mesh):
-  """This process's rows of a batch as global arrays, split over all devices."""
-  sharding = NamedSharding(mesh, BATCH)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+def rows(mesh, n, process_of=lambda device: device.process_index):
+  """The rows of a batch of n that this process's devices hold, ascending.
+
+  A pod's mesh follows its wires, so they need not lie together; devices that split layers hold the same rows, and may be
+  of several processes.
+  """
+  held = NamedSharding(mesh, BATCH).devices_indices_map((n,))
+  mine = {row for device, (part,) in held.items() if process_of(device) == jax.process_index() for row in range(n)[part]}
+  return np.array(sorted(mine))
+
+
+def place_batch(batch, mesh, n):
+  """A batch of n as global arrays, split over all devices, from the rows of it that are this process's (see `rows`)."""
+  sharding, mine = NamedSharding(mesh, BATCH), _rows(mesh, n)
+
+  def place(x):
+    x = np.asarray(x)
+
+    def part(index):
+      first, last, _ = index[0].indices(n)
+      return x[np.searchsorted(mine, first):np.searchsorted(mine, last)]
+
+    return jax.make_array_from_callback((n, *x.shape[1:]), sharding, part)
+
+  return jax.tree.map(place, batch)
+
+
+_rows = functools.lru_cache(rows)
 
 
 def replicated(mesh):

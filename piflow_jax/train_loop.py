@@ -155,7 +155,8 @@ def train(config, workdir):
       _say(f"{workdir}: {what} step {start} of {config.steps}")
     if start >= config.steps:
       return 0
-    batches = loader.batches(records, batch_size=config.batch_size, seed=config.seed, start=position["batches"])
+    batches = loader.batches(records, batch_size=config.batch_size, seed=config.seed, start=position["batches"],
+                             rows=sharding.rows(mesh, config.batch_size))
     goodput, seconds = run_log.Goodput(position), run_log.stopwatch(position["seconds"])
     step = lambda state, batch: jitted["step"](state, teacher_params, batch, key)
     if config.profile_steps:
@@ -171,7 +172,7 @@ def train(config, workdir):
         watch = functools.partial(_watch, config, jitted, source("held_out"), teacher_params, key, mesh, log)
         # Counted from the session's start: a notice that comes before the first step makes JAX name 1 as where all stop.
         stopping = lambda step: bool(told) or multihost_utils.reached_preemption_sync_point(step - start)
-        placed = (sharding.place_batch(batch, mesh) for batch in batches)
+        placed = (sharding.place_batch(batch, mesh, config.batch_size) for batch in batches)
         done = _loop(config, state, start, placed, step, stopping, report, watch, save, goodput)
         checkpoint.finish(manager)
         if done == config.steps:
@@ -179,8 +180,9 @@ def train(config, workdir):
         bar.write(f"{workdir}: stopped by a signal at step {done}, saved; the same command goes on from there")
         return RESTART
     except errors.NotFinite as e:
-      raise errors.NotFinite(f"{e}; the last good checkpoint of {workdir} is kept (step {manager.latest_step()}); "
-                             "lower config.optimizer.learning_rate, or look at the data") from e
+      last = manager.latest_step()
+      kept = f"the last good checkpoint of {workdir} is kept (step {last})" if last is not None else "nothing was saved before"
+      raise errors.NotFinite(f"{e}; {kept}; lower config.optimizer.learning_rate, or look at the data") from e
     finally:
       if log:
         log.close()
@@ -241,21 +243,22 @@ def _profiled(step, folder, count):
 
 
 def _reporter(config, log, bar, start, rate, seconds, goodput):
-  """report(done, values): looks at a step's loss, shows it and logs it every so often. Raises errors.NotFinite."""
+  """report(done, values): looks at a step's figures, shows and logs them every so often. Raises errors.NotFinite."""
   last = dict(time=time.time(), step=start)
 
   def report(done, values):
     bar.update(done - bar.n)
-    finite = np.isfinite(values["loss"])
-    if log and (done % config.log_every == 0 or done == config.steps or not finite):
+    # Of parameters too: those that a finite loss with a gradient that is none leaves would be saved over good ones.
+    bad = sorted((name for name, value in values.items() if not np.isfinite(value)), key=lambda name: name != "loss")
+    if log and (done % config.log_every == 0 or done == config.steps or bad):
       now = time.time()
       speed = (done - last["step"]) / max(now - last["time"], 1e-9)
       last.update(time=now, step=done)
       log.write(done, values | {
           "learning_rate": float(rate(done - 1)), "steps_per_second": speed, "seconds": seconds(), "goodput": goodput.share()})
       bar.set_postfix_str(f"loss {values['loss']:.4g}")
-    if not finite:
-      raise errors.NotFinite(f"loss is {values['loss']} at step {done}")
+    if bad:
+      raise errors.NotFinite(f"{bad[0]} is {values[bad[0]]} at step {done}")
 
   return report
 
@@ -264,8 +267,9 @@ def _watch(config, jitted, held_out, teacher_params, key, mesh, log, state, done
   """The loss on held-out data and a picture of samples, both by the EMA and from draws that never change."""
   if due(config.eval_every):
     # The same batches and keys each time, so that the curve shows the student and not the draw.
-    batches = loader.batches(held_out, batch_size=config.batch_size, seed=config.seed)
-    losses = [jitted["evaluate"](state.ema, teacher_params, sharding.place_batch(next(batches), mesh),
+    n = config.batch_size
+    batches = loader.batches(held_out, batch_size=n, seed=config.seed, rows=sharding.rows(mesh, n))
+    losses = [jitted["evaluate"](state.ema, teacher_params, sharding.place_batch(next(batches), mesh, n),
                                  jax.random.fold_in(key, 2**30 + i))["loss"] for i in range(config.eval_batches)]
     if log:
       log.write(done, {"eval_loss": float(np.mean(jax.device_get(losses)))})

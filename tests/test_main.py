@@ -1,6 +1,7 @@
 """Programs as users start them: bad input gets one line, a non-zero status, no traceback, and nothing is written or lost."""
 
 import pathlib
+import re
 import shutil
 
 import pytest
@@ -88,11 +89,11 @@ def test_bad_workdirs_are_named_and_left_alone(tmp_path, tiny_teacher):
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_with_its_own_status(tmp_path):
-  args = tiny.command("teacher", tmp_path / "run", "--config.optimizer.learning_rate=1e30", "--config.checkpoint_every=1")
+  args = tiny.command("teacher", tmp_path / "run", "--config.optimizer.learning_rate=1e17", "--config.checkpoint_every=1")
   status, _, err = tiny.run(args)
   assert status == 3 and "Traceback" not in err
   last = err.splitlines()[-1]
-  assert last.startswith("error: loss is") and "at step" in last and "last good checkpoint" in last
+  assert re.match(r"error: \w+ is (inf|nan)", last) and "at step" in last and "last good checkpoint" in last
 
 
 @pytest.mark.slow

@@ -70,6 +70,26 @@ def test_two_processes_are_one(alone, tmp_path):
     np.testing.assert_allclose(two[path], one[path], atol=2e-3 * np.abs(one[path]).max(), err_msg=path)
 
 
+def test_processes_that_split_layers_see_the_same_rows(tmp_path):
+  fields = ["--config.network.heads=8", "--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=8", "--config.steps=3"]
+  losses = []
+  for processes in (1, 2):
+    workdir = tmp_path / str(processes)
+    status, out = group.finish(_start(workdir, processes, 8 // processes, *fields))
+    assert status == 0, out
+    losses.append([line["loss"] for line in _metrics(workdir)])
+  # Sums of floats run in another order, three updates on.
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_what_one_process_cannot_do_ends_all_and_is_no_reason_to_start_again(tmp_path):
+  # Only the first process writes the config.
+  (tmp_path / "run" / "config.json.tmp").mkdir(parents=True)
+  began = time.time()
+  status, out = group.finish(_start(tmp_path / "run", 2, 4))
+  assert status == 2 and "error: --workdir" in out and time.time() - began < 100, out
+
+
 def test_a_notice_to_one_saves_on_all_at_one_step(alone, tmp_path):
   process = _start(tmp_path / "run", 2, 4)
   _wait_for_step(tmp_path / "run", 8, process)

@@ -1,4 +1,4 @@
-"""Meshes, rules, and that every leaf of every run is named by a rule."""
+"""Meshes, rules, and where a batch's rows lie."""
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -45,15 +45,41 @@ def test_an_axis_that_does_not_divide_is_named():
 
 def test_a_batch_lies_split_over_all_devices():
   x = np.arange(16.0).reshape(16, 1)
-  placed = sharding.place_batch({"x_0": x}, sharding.make_mesh(2, 4))["x_0"]
+  placed = sharding.place_batch({"x_0": x}, sharding.make_mesh(2, 4), 16)["x_0"]
   np.testing.assert_array_equal(placed, x)
   assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 1)}
 
 
 def test_tensor_splits_layers_and_not_samples():
   mesh = sharding.make_mesh(2, 2, 2)
-  placed = sharding.place_batch({"x_0": np.arange(16.0).reshape(8, 2)}, mesh)["x_0"]
+  placed = sharding.place_batch({"x_0": np.arange(16.0).reshape(8, 2)}, mesh, 8)["x_0"]
   assert sharding.sample_parts(mesh) == 4 and {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}
+
+
+def test_a_process_has_the_rows_that_its_devices_hold(monkeypatch):
+  devices = np.array(jax.devices())
+  crossed = jax.sharding.Mesh(devices[[0, 4, 1, 5, 7, 3, 6, 2]].reshape(1, 2, 4, 1), sharding.AXES)
+  shared = sharding.make_mesh(1, 2, 4)  # both processes in each part by layers
+  held = {}
+  for process in range(2):
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    held[process] = [sharding.rows(mesh, 16, lambda device: (device.id % 4) // 2 if mesh is shared else device.id // 4).tolist()
+                     for mesh in (crossed, shared)]
+  assert held == {0: [[0, 1, 4, 5, 10, 11, 14, 15], list(range(16))], 1: [[2, 3, 6, 7, 8, 9, 12, 13], list(range(16))]}
+
+
+def test_rows_that_do_not_lie_together_land_where_they_belong(monkeypatch):
+  mesh, x = sharding.make_mesh(2, 4), np.arange(32.0).reshape(16, 2)
+  placed = sharding.place_batch(x, mesh, 16)
+  asked = []
+  monkeypatch.setattr(sharding, "_rows", lambda mesh, n: np.array([2, 3, 8, 9]))
+  monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, sharding, part: asked.append(
+      (shape, part((slice(2, 4), slice(None))), part((slice(8, 10), slice(None))))))
+  sharding.place_batch(x[[2, 3, 8, 9]], mesh, 16)
+  (shape, first, second), = asked
+  assert shape == placed.shape
+  np.testing.assert_array_equal(first, x[2:4])
+  np.testing.assert_array_equal(second, x[8:10])
 
 
 def test_layouts_are_asked_for_where_there_is_a_mesh():
