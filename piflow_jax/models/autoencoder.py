@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from piflow_jax import errors
 
+FILE = "autoencoder.json"  # in a converted one's workdir: {"settings": arguments of Autoencoder, "scales": of `to_latents`}
+
 
 def to_latents(mean, *, scaling_factor, shift_factor=0.0):
   """What a flow model sees: (mean - shift) * scale. SD: scale 0.18215, shift 0; FLUX: 0.3611, 0.1159."""
