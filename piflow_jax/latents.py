@@ -25,11 +25,12 @@ def load(workdir, sharding, field="--autoencoder"):
   """
   path = epath.Path(workdir) / autoencoder.FILE
   if not path.exists():
-    raise errors.UserError(f"{field}: {str(workdir)!r} holds no autoencoder (no {autoencoder.FILE}); make one of diffusers' by "
-                           "python -m piflow_jax.convert from-torch")
+    raise errors.UserError(f"{field}: {str(workdir)!r} holds no autoencoder (no {autoencoder.FILE}); make one "
+                           "of diffusers' by python -m piflow_jax.convert from-torch")
   try:
     known = json.loads(path.read_text())
-    net, scales = autoencoder.Autoencoder(**known["settings"] | {"widths": tuple(known["settings"]["widths"])}), known["scales"]
+    settings, scales = known["settings"], known["scales"]
+    net = autoencoder.Autoencoder(**settings | {"widths": tuple(settings["widths"])})
   except (KeyError, TypeError, ValueError) as e:
     raise errors.UserError(f"{field}: {path} is not of this program ({type(e).__name__}: {e}); convert it again") from e
   size = 2 ** (len(net.widths) - 1)
