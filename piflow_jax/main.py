@@ -61,6 +61,12 @@ def whole_numbers(flag):
   return sorted({int(n) for n in flag.value})
 
 
+def check_file(flag):
+  """Raises errors.UserError: what a flag names cannot be written, told before the work whose outcome it would hold."""
+  if os.path.isdir(flag.value) or not os.access(os.path.dirname(os.path.abspath(flag.value)), os.W_OK):
+    raise errors.UserError(f"--{flag.name}: {flag.value!r} cannot be written; name a file in a folder that you may write")
+
+
 def configs_of(holder):
   """(name, number) -> config of NAME,NUMBER, from the file of --config and with what the command line sets.
 

@@ -66,6 +66,17 @@ def sample(flow_map, noise, key, *, nfe, shift=1.0, h=0.0, final_scale=1.0):
   return jax.lax.scan(step, noise, (plan, jax.random.split(key, nfe)))[0]
 
 
+def batches(size, *arrays):
+  """Arrays [n, ...] cut into parts of `size` rows, the last filled up from the first rows: one shape, compiled once.
+
+  Returns:
+    list of tuples, a part of each array.
+  """
+  n = len(arrays[0])
+  filled = [np.resize(x, (n + -n % size, *x.shape[1:])) for x in arrays]
+  return [tuple(x[i:i + size] for x in filled) for i in range(0, n, size)]
+
+
 def mean_flow_map(network, *, shift=1.0):
   """The flow map of a MeanFlow network: x_dst = x + (t_dst - t) u(x, t, t_dst) (arXiv 2505.13447, Sampling).
 

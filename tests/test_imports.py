@@ -24,6 +24,7 @@ ALLOWED = {
     "evaluation.report": set(),
     "evaluation.digit_features": set(),
     "checkpoint": {"params"},
+    "latents": {"checkpoint", "models"},
     "run_log": set(),
     "convert": {"build", "checkpoint", "main", "models", "params", "policy"},
 }

@@ -9,16 +9,6 @@ import pytest
 from tests import tiny
 
 
-def _refused(args, *words):
-  status, out, err = tiny.run(args)
-  lines = [line for line in err.splitlines() if line.strip()]
-  assert status not in (0, None) and "Traceback" not in err + out, err
-  assert len(lines) == 1, err
-  for word in words:
-    assert word in lines[0], lines[0]
-  return lines[0]
-
-
 def _tree(folder):
   return {p: p.read_bytes() if p.is_file() else None for p in sorted(pathlib.Path(folder).rglob("*"))}
 
@@ -40,38 +30,38 @@ def _tree(folder):
     (["stray"], ["stray"]),
 ])
 def test_bad_fields_are_named(arguments, words, tmp_path):
-  _refused(tiny.command("teacher", tmp_path / "run", *arguments), *words)
+  tiny.refused(tiny.command("teacher", tmp_path / "run", *arguments), *words)
   assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_bad_configs_are_named(tmp_path):
-  _refused(tiny.command("nobody", tmp_path / "run"), "nobody", "teacher, student")
+  tiny.refused(tiny.command("nobody", tmp_path / "run"), "nobody", "teacher, student")
   program = [tiny.sys.executable, "-m", "piflow_jax.main", f"--workdir={tmp_path / 'run'}"]
-  _refused([*program, "--config=configs/none.py"], "configs/none.py")
+  tiny.refused([*program, "--config=configs/none.py"], "configs/none.py")
   no_workdir = [a for a in tiny.command("teacher", tmp_path) if not a.startswith("--workdir")]
-  _refused(no_workdir, "workdir")
+  tiny.refused(no_workdir, "workdir")
 
 
 @pytest.mark.slow
 def test_bad_teachers_are_named(tmp_path, tiny_teacher):
   command = lambda teacher, *more: tiny.command("student", tmp_path / "run", f"--config.teacher.checkpoint={teacher}", *more)
   field = "config.teacher.checkpoint"
-  _refused(command(""), field, "empty")
-  _refused(command(tmp_path / "nowhere"), field, "nowhere", "no checkpoint")
+  tiny.refused(command(""), field, "empty")
+  tiny.refused(command(tmp_path / "nowhere"), field, "nowhere", "no checkpoint")
   foreign = tmp_path / "foreign" / "checkpoints" / "7"
   foreign.mkdir(parents=True)
   (foreign / "weights.bin").write_bytes(b"not Orbax")
-  _refused(command(tmp_path / "foreign"), field, "foreign", "not a checkpoint")
-  _refused(command(tiny_teacher, "--config.network.width=16"), field, "does not fit config.network", "expected")
-  _refused(command(tiny_teacher, "--config.network.depth=3"), field, "does not fit config.network", "expected")
-  _refused(command(tiny_teacher, "--config.teacher.weights=best"), "config.teacher.weights", "best")
+  tiny.refused(command(tmp_path / "foreign"), field, "foreign", "not a checkpoint")
+  tiny.refused(command(tiny_teacher, "--config.network.width=16"), field, "does not fit config.network", "expected")
+  tiny.refused(command(tiny_teacher, "--config.network.depth=3"), field, "does not fit config.network", "expected")
+  tiny.refused(command(tiny_teacher, "--config.teacher.weights=best"), "config.teacher.weights", "best")
   torn = tmp_path / "torn"
   shutil.copytree(tiny_teacher, torn)
   for path in (torn / "checkpoints" / "4" / "state").rglob("*"):
     if path.is_file() and path.stat().st_size > 10_000:
       path.write_bytes(path.read_bytes()[:100])
-  _refused(command(torn), field, "torn")
+  tiny.refused(command(torn), field, "torn")
   assert not (tmp_path / "run").exists()
 
 
@@ -79,11 +69,12 @@ def test_bad_teachers_are_named(tmp_path, tiny_teacher):
 def test_bad_workdirs_are_named_and_left_alone(tmp_path, tiny_teacher):
   occupied = tmp_path / "file"
   occupied.write_text("mine")
-  _refused(tiny.command("teacher", occupied), "--workdir", "file")
-  _refused(tiny.command("teacher", occupied / "below"), "--workdir", "below")
+  tiny.refused(tiny.command("teacher", occupied), "--workdir", "file")
+  tiny.refused(tiny.command("teacher", occupied / "below"), "--workdir", "below")
   assert occupied.read_text() == "mine"
   before = _tree(tiny_teacher)
-  _refused(tiny.command("teacher", tiny_teacher, "--config.seed=5"), "--workdir", "another config", "config.seed is 5, was 0")
+  tiny.refused(tiny.command("teacher", tiny_teacher, "--config.seed=5"), "--workdir", "another config",
+               "config.seed is 5, was 0")
   assert _tree(tiny_teacher) == before
 
 
@@ -113,5 +104,5 @@ def test_help_teaches():
 ])
 def test_bad_comparisons_are_named(program, arguments, words, tmp_path):
   command = [tiny.sys.executable, "-m", f"piflow_jax.evaluation.{program}", f"--workdir={tmp_path / 'run'}"]
-  _refused([*command, *arguments], *words)
+  tiny.refused([*command, *arguments], *words)
   assert not (tmp_path / "run").exists()

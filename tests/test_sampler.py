@@ -153,3 +153,11 @@ def test_mean_flow_map_of_exact_mean_velocities_is_exact(x64, nfe):
   noise = jnp.linspace(-1, 2, 6).reshape(3, 2)
   x = sampler.sample(sampler.mean_flow_map(network, shift=3.2), noise, jax.random.key(0), nfe=nfe, shift=3.2)
   np.testing.assert_allclose(x, noise @ jax.scipy.linalg.expm(-matrix).T, rtol=1e-12)
+
+
+def test_batches_have_one_shape_and_lose_nothing():
+  rows, squares = np.arange(7), np.arange(14).reshape(7, 2)
+  parts = sampler.batches(3, rows, squares)
+  assert [part[0].tolist() for part in parts] == [[0, 1, 2], [3, 4, 5], [6, 0, 1]]
+  np.testing.assert_array_equal(np.concatenate([part[1] for part in parts])[:7], squares)
+  assert [part[0].tolist() for part in sampler.batches(5, np.arange(2))] == [[0, 1, 0, 1, 0]]  # fewer than a batch

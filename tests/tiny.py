@@ -43,6 +43,16 @@ def run(args):
   return process.returncode, out, err
 
 
+def refused(args, *words):
+  """Holds that a program ends with status 2 and one line that has all the words."""
+  status, out, err = run(args)
+  lines = [line for line in err.splitlines() if line.strip()]
+  assert status == 2 and "Traceback" not in err + out, err
+  assert len(lines) == 1, err
+  for word in words:
+    assert word in lines[0], lines[0]
+
+
 def metrics(workdir):
   """What a run logged, less what tells of time."""
   lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]

@@ -34,16 +34,14 @@ TEACHER_STEPS = (128, 4, 2, 1)
 
 def draw_all(draw, noise, labels, batch_size, bar):
   """(x_0 of all noises, seconds without the compiling call) by draw(noise, cond, batch's number), batches of one shape."""
-  n = len(noise)
-  pad = -n % batch_size
-  noise, labels = (np.concatenate([x, x[:pad]]) for x in (noise, labels))
-  jax.block_until_ready(draw(noise[:batch_size], labels[:batch_size], 0))
+  n, batches = len(noise), sampler.batches(batch_size, noise, labels)
+  jax.block_until_ready(draw(*batches[0], 0))
   began, parts = time.perf_counter(), []
-  for i in range(0, len(noise), batch_size):
-    parts.append(np.asarray(draw(noise[i:i + batch_size], labels[i:i + batch_size], i // batch_size)))
-    bar.update(min(batch_size, n - i))
+  for i, batch in enumerate(batches):
+    parts.append(np.asarray(draw(*batch, i)))
+    bar.update(min(batch_size, n - i * batch_size))
   seconds = time.perf_counter() - began
-  return np.concatenate(parts)[:n], seconds * n / len(noise)
+  return np.concatenate(parts)[:n], seconds * n / (len(batches) * batch_size)
 
 
 def measure(samples, labels, reference, real, teacher, extract, predict):
@@ -87,7 +85,8 @@ def bench(config, mesh):
   """The data, features and draws that config.evaluation names. Raises errors.UserError."""
   c = config.evaluation
   if c.features is None:
-    raise errors.UserError("config.evaluation.features: is empty; name a function that gives (extract, predict)")
+    raise errors.UserError("config.evaluation.features: is empty; name a function that gives (extract, predict), or draw "
+                           "without measuring: python -m piflow_jax.sample")
   if c.batch_size % sharding.sample_parts(mesh):
     raise errors.UserError(
         f"config.evaluation.batch_size: {c.batch_size} does not divide over {sharding.sample_parts(mesh)} parts of the mesh; choose a multiple")
@@ -128,7 +127,8 @@ def evaluate(config, workdir):
   mesh = sharding.make_mesh(**config.mesh)
   run = build.run(config)
   if run.teacher_shapes is None:
-    raise errors.UserError("config.method: this run has no teacher to be held against; evaluate a student's config")
+    raise errors.UserError("config.method: this run has no teacher to be held against; evaluate a student's config, or only "
+                           "draw from it: python -m piflow_jax.sample")
   b = bench(config, mesh)
   jitted = train_loop.compile_run(config, mesh, run)
   teacher_params = train_loop.load_teacher(config, jitted["teacher"])

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from piflow_jax import errors
 
+FILE = "autoencoder.json"  # in a converted one's workdir: {"settings": arguments of Autoencoder, "scales": of `to_latents`}
+
 
 def to_latents(mean, *, scaling_factor, shift_factor=0.0):
   """What a flow model sees: (mean - shift) * scale. SD: scale 0.18215, shift 0; FLUX: 0.3611, 0.1159."""
@@ -22,8 +24,23 @@ def from_latents(latents, *, scaling_factor, shift_factor=0.0):
   return latents / scaling_factor + shift_factor
 
 
+def sample(mean, logvar, key):
+  """A draw from the posterior q(z | image) = N(mean, exp(logvar)) of `encode` (arXiv 1312.6114, section 2.4).
+
+  z = mean + exp(logvar / 2) eps, eps ~ N(0, I): latents of images, still to be scaled by `to_latents`.
+
+  Args:
+    mean, logvar: [..., C].
+    key: random key, one for all of them.
+  Returns:
+    Like mean.
+  """
+  return mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape, mean.dtype)
+
+
 def _norm(groups, dtype, name):
-  return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, name=name)
+  # Two passes: in E[x^2] - E[x]^2 a group whose mean is large against its spread would lose the spread to rounding.
+  return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
 
 
 def _conv(features, dtype, name, kernel=3, **more):

@@ -11,7 +11,6 @@ Exit status: 0 everything fits; 1 something does not; 2 bad input.
 """
 
 import json
-import os
 import pathlib
 import sys
 import time
@@ -39,8 +38,8 @@ def _main(argv):
     raise errors.UserError(f"--slices: {SLICES.value} is less than 1")
   if not TOPOLOGY.value or len(set(TOPOLOGY.value)) < len(TOPOLOGY.value):
     raise errors.UserError(f"--topology: {','.join(TOPOLOGY.value)!r} is empty, or says one twice; name each slice once")
-  if JSON.value and (os.path.isdir(JSON.value) or not os.access(os.path.dirname(os.path.abspath(JSON.value)), os.W_OK)):
-    raise errors.UserError(f"--json: {JSON.value!r} cannot be written; name a file in a folder that you may write")
+  if JSON.value:
+    program.check_file(JSON)
   for topology in TOPOLOGY.value:
     compiled.devices_of(topology, SLICES.value)  # before minutes go into the others
   plans = []

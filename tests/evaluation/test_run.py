@@ -31,8 +31,10 @@ def test_report_of_a_tiny_student(tmp_path, tiny_teacher):
 
 
 def test_a_run_without_teacher_or_features_is_told_so(tmp_path):
-  with pytest.raises(errors.UserError, match="config.method"):
+  with pytest.raises(errors.UserError, match="config.method: .*piflow_jax.sample"):
     run.evaluate(tiny.config("teacher"), tmp_path)
+  with pytest.raises(errors.UserError, match="config.evaluation.features: .*piflow_jax.sample"):
+    run.evaluate(tiny.config("student", evaluation__features=None), tmp_path)
   with pytest.raises(errors.UserError, match="config.evaluation.batch_size"):
     run.evaluate(tiny.config("student", evaluation__batch_size=3), tmp_path)
 

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 from safetensors.numpy import save_file
 
-from piflow_jax import checkpoint
 from piflow_jax import errors
+from piflow_jax import latents
 from piflow_jax import params as params_lib
 from piflow_jax.convert import autoencoder as names
 from piflow_jax.convert import run
@@ -41,11 +41,7 @@ def _theirs(widths=(32, 64), **fields):
 def _converted(folder, tmp_path):
   """(our model, its weights, scales) of a folder, through the converter."""
   run.from_torch(folder, tmp_path / "run")
-  settings, scales = autoencoder.settings_of(json.loads((folder / "config.json").read_text()))
-  net = autoencoder.Autoencoder(**settings)
-  shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3))))["params"]
-  with checkpoint.open_weights(tmp_path / "run", "ema", "--workdir") as (_, read):
-    return net, params_lib.map_with_path(lambda path, _: jnp.asarray(read(path)), shapes), scales
+  return latents.load(tmp_path / "run", jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
 def _close(got, want, rtol):
@@ -69,9 +65,9 @@ def test_encodes_and_decodes_like_the_original(fields, tmp_path):
     assert mean.shape == (2, 12, 8, fields["latent_channels"])
     decoded = jax.jit(lambda p: net.apply({"params": p}, mean, method="decode"))(params)
     _close(decoded, model.decode(theirs.mean).sample, 1e-4)
-  latents = autoencoder.to_latents(mean, **scales)
-  np.testing.assert_allclose(latents, (mean - scales["shift_factor"]) * fields["scaling_factor"], rtol=1e-6)
-  np.testing.assert_allclose(autoencoder.from_latents(latents, **scales), mean, atol=1e-5)
+  scaled = autoencoder.to_latents(mean, **scales)
+  np.testing.assert_allclose(scaled, (mean - scales["shift_factor"]) * fields["scaling_factor"], rtol=1e-6)
+  np.testing.assert_allclose(autoencoder.from_latents(scaled, **scales), mean, atol=1e-5)
 
   # And back: the same tensors, a folder that diffusers loads.
   run.to_torch(tmp_path / "run", tmp_path / "ours")
