@@ -54,20 +54,20 @@ class GMPolicy:
     # With x itself as the reference point nothing large is ever subtracted from something large.
     return centred(self.means, self.logweights, column(self.var), self.x_src, column(self.t_src), x, self.eps)
 
-  def by_position(self, integrate, x, t, n, *times):
-    """integrate(policy, x, n, *times, n_max=) with all of these in this file's layout; x [B, H, W, C] at t, others [B].
+  def by_position(self, integrate, x, n, *times):
+    """integrate(policy, x, n, *times, n_max=) with policy, x, n and times in this file's layout; x [B, H, W, C], others [B].
 
     All that integrate may know is that n and times broadcast to x, and that n_max [] is the largest of its n. On a CPU it
     is called on a few positions at a time, which stay in cache while it goes through all its substeps; on a TPU, told that
     it need not be differentiable, on a few positions of one sample.
     """
     per_position = self.means, self.logweights, self.x_src, to_positions(x)
-    per_sample = [column(s) for s in (n, self.var, self.t_src, t, *times)]
+    per_sample = [column(s) for s in (n, self.var, self.t_src, *times)]
 
-    def run(means, logweights, x_src, x, n, var, t_src, t, *times, unrolled=False, **how):
-      # A reference that does not move with x lets all substeps share delta and its squares. Near the data it is where x
-      # starts, which has not far to go. The result does not depend on it, so neither does a derivative.
-      reference = jax.lax.stop_gradient(jnp.where(t < 0.5, x, weighted_mean(jnp.exp(logweights), means)))
+    def run(means, logweights, x_src, x, n, var, t_src, *times, unrolled=False, **how):
+      # A reference that does not move with x lets all substeps share delta and its squares. The result does not depend on
+      # it, so nor does a derivative: one taken through it cancels, and near the data takes float32's digits along.
+      reference = jax.lax.stop_gradient(weighted_mean(jnp.exp(logweights), means))
       policy = centred(means, logweights, var, x_src, t_src, reference, self.eps, unrolled)
       return integrate(policy, x, n, *times, **how)
 

@@ -48,8 +48,8 @@ def rollout(policy, x, tau_src, tau_dst, *, shift=1.0, total_substeps=128, max_s
     substep = jax.checkpoint(skip if len(steps) > _SHORT else advance, prevent_cse=False)
     return jax.lax.scan(lambda x, i: (substep(x, i), None), x, steps)[0]
 
-  by_position = getattr(policy, "by_position", lambda integrate, x, t, n, *times: integrate(policy, x, n, *times, n_max=n.max()))
-  return by_position(integrate, x, flow.warp(tau_src, shift), n, tau_src, (tau_src - tau_dst) / n)
+  by_position = getattr(policy, "by_position", lambda integrate, x, n, *times: integrate(policy, x, n, *times, n_max=n.max()))
+  return by_position(integrate, x, n, tau_src, (tau_src - tau_dst) / n)
 
 
 def average_velocity(policy, x, tau_src, tau_dst, *, shift=1.0, total_substeps=128, max_substeps=None, eps=1e-4):
