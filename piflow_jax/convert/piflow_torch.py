@@ -243,7 +243,8 @@ def sample(model, noise, labels, *, nfe=None, h=0.0, generator=None, progress=No
     x_0 [B, C, H, W], float32.
   """
   if len(labels) != len(noise) or tuple(noise.shape[1:]) != model.shape:
-    raise ValueError(f"noise {tuple(noise.shape)} and labels {tuple(labels.shape)}: want [B, {', '.join(map(str, model.shape))}] and [B]")
+    raise ValueError(f"noise {tuple(noise.shape)} and labels {tuple(labels.shape)}: want [B, "
+                     f"{', '.join(map(str, model.shape))}] and [B]")
   if nfe is not None and nfe < 1:
     raise ValueError(f"nfe {nfe} is less than 1")
   ours = model.ours

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from piflow_jax import errors
+from piflow_jax.convert import files
 from piflow_jax.convert import table
 from piflow_jax.convert.table import Row
 
@@ -43,6 +44,10 @@ def test_a_patch_layer_is_the_convolution_of_that_stride():
   np.testing.assert_allclose(tokens @ kernel, want, rtol=1e-12)
 
 
+def _source(shapes, faults={}, read=lambda key: np.zeros(5)):
+  return files.Source(shapes, read, {}, {}, "a file", faults)
+
+
 ROWS = [
     Row("in/kernel", ("in.weight",), table.linear()),
     Row("blocks/qkv/kernel", tuple(f"blocks.{{i}}.{c}.weight" for c in "qkv"), table.linear()),
@@ -57,7 +62,7 @@ THERE = {"in.weight": (6, 4), "blocks.0.shared": (5,), "blocks.1.shared": (5,),
 def test_entries_of_parts_layers_and_copies():
   entries = table.entries(ROWS, SHAPES, "a test")
   assert {key: entry.shape_there for entry in entries for key in entry.keys} == THERE
-  assert table.check(entries, THERE | {"step": ()}, "a file", (r"step",)) == ["step"]
+  assert table.check(entries, _source(THERE | {"step": ()}), (r"step",)) == ["step"]
   tree = {path: RNG.standard_normal(shape) for path, shape in SHAPES.items()}
   stored = {}
   for entry in entries:
@@ -69,20 +74,26 @@ def test_entries_of_parts_layers_and_copies():
   for entry in entries:
     leaf = tree[entry.path]
     np.testing.assert_array_equal(entry.to_here(stored.__getitem__), leaf if entry.layer is None else leaf[entry.layer])
-  stored["blocks.1.shared"] = stored["blocks.1.shared"] + 1
-  with pytest.raises(errors.UserError, match="blocks.1.shared differs from blocks.0.shared"):
-    entries[-1].to_here(stored.__getitem__)
 
 
 def test_everything_that_is_wrong_is_listed_at_once():
   entries = table.entries(ROWS, SHAPES, "a test")
   found = {k: v for k, v in THERE.items() if not k.endswith(("q.weight", "1.k.weight"))}
-  found |= {"in.weight": (4, 6), "extra": (1,), "blocks.7.v.weight": (4, 4)}
+  found |= {"in.weight": (4, 6), "extra": (1,), "blocks.7.v.weight": (4, 4), "aside": (3,)}
+  faults = {"twice": {"blocks.0.v.weight": "a and b", "aside": "a and b"}, "no floats": {"extra": "I64"}, "not listed": {}}
+  values = {key: np.full(5, i) for i, key in enumerate(("blocks.0.shared", "blocks.1.shared"))}
   with pytest.raises(errors.UserError) as e:
-    table.check(entries, found, "a file")
-  for words in ("missing: blocks.0-1.q.weight, blocks.1.k.weight", "unknown: blocks.7.v.weight, extra",
-                "misshaped: in.weight (4, 6) instead of (6, 4)", "a file"):
-    assert words in str(e.value), str(e.value)
+    table.check(entries, _source(found, faults, values.__getitem__), ("aside",))
+  assert str(e.value) == (
+      "--source: a file does not fit the config's network; missing: blocks.0-1.q.weight, blocks.1.k.weight; "
+      "unknown: blocks.7.v.weight, extra; misshaped: in.weight (4, 6) instead of (6, 4); twice: blocks.0.v.weight (a and b); "
+      "no floats: extra (I64); unlike the first of what all layers share here: blocks.1.shared")
+
+
+def test_copies_are_compared_only_where_they_can_be():
+  entries = table.entries(ROWS, SHAPES, "a test")
+  with pytest.raises(errors.UserError, match="network; misshaped: blocks.0.shared [^;]*; no floats: blocks.1.shared .I64.$"):
+    table.check(entries, _source(THERE | {"blocks.0.shared": (6,)}, {"no floats": {"blocks.1.shared": "I64"}}, None))
 
 
 def test_a_leaf_without_a_name_is_told():
