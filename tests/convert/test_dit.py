@@ -158,6 +158,18 @@ def test_sit_runs_the_other_way_round():
   np.testing.assert_allclose(build.teacher(sit)(loaded, x, t, labels), -v, atol=1e-4 * float(jnp.abs(v).max()))
 
 
+def test_a_sit_teacher_of_pi_flows_release_is_told_by_the_fields(tmp_path, capsys):
+  """There the sign is turned already, and time is turned outside of the network: it is asked about 1 - t."""
+  save_file(_state("dit_teacher"), tmp_path / "model.safetensors")
+  plain, sit = _config("teacher"), _config("teacher", time_scale=-1.0, time_offset=1.0)
+  run.from_torch(tmp_path, tmp_path / "run", sit)
+  assert "taken to embed 1.0 + -1.0 t" in capsys.readouterr().out
+  params, x, labels, t = _weights(sit, tmp_path / "run"), jnp.ones((3, 8, 8, 4)) * 0.1, jnp.arange(3), jnp.array([0.0, 0.3, 1.0])
+  want = build.teacher(plain)(params, x, 1 - t, labels)
+  np.testing.assert_allclose(build.teacher(sit)(params, x, t, labels), want, atol=1e-5)
+  assert np.abs(build.teacher(plain)(params, x, t, labels) - want).max() > 1e-2
+
+
 def test_shards_bfloat16_and_dry_run(tmp_path, capsys):
   config = _config()
   tree = _random(config)
@@ -325,8 +337,9 @@ def test_the_program_moves_weights_both_ways(tmp_path, tiny_teacher):
   fields = [f"--config.{k}={v}" for k, v in tiny.FIELDS.items()]
   call = lambda *arguments: tiny.run(
       [tiny.sys.executable, "-m", "piflow_jax.convert", *arguments, "--config=configs/digits.py:teacher", *fields])
-  status, out, err = call("to-torch", f"--workdir={tiny_teacher}", f"--out={tmp_path / 'out'}")
+  status, out, err = call("to-torch", f"--workdir={tiny_teacher}", f"--out={tmp_path / 'out'}", "--max-shard-size=0.0001")
   assert status == 0 and "wrote" in out, err
+  assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
   status, out, err = call("from-torch", f"--source={tmp_path / 'out'}", f"--workdir={tmp_path / 'back'}")
   assert status == 0 and "--config.teacher.checkpoint" in out, err
   open_ = lambda workdir: checkpoint.open_weights(workdir, "ema", "--workdir")

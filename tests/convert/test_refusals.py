@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 
 import jax
 import ml_dtypes
@@ -201,6 +202,21 @@ def test_a_norm_that_config_json_tells_goes_before_the_namings(tmp_path):
   (out / "config.json").unlink()
   with pytest.raises(errors.UserError, match="mlp_norm_eps is 1e-06, set 1e-05"):
     run.from_torch(out, tmp_path / "other", config)
+
+
+def test_an_export_does_not_hold_what_it_has_written(tmp_path):
+  made = []
+
+  def tensors():
+    for i in range(6):
+      array = np.full(8, i, np.float32)
+      made.append(weakref.ref(array))
+      assert sum(ref() is not None for ref in made) <= 2  # this one, and the one before in the writer's hand
+      yield f"k{i}", array
+      del array
+
+  files.write(tmp_path / "out", {f"k{i}": (8,) for i in range(6)}, tensors(), dtype=np.float32, config={}, metadata={})
+  assert load_file(tmp_path / "out" / _FILE)["k5"][0] == 5
 
 
 def test_a_write_that_fails_takes_only_its_own_with_it(tmp_path):
