@@ -30,8 +30,8 @@ NAMING = flags.DEFINE_enum("format", None, list(dit.NAMINGS),
                            "from-torch: whose names, where the keys do not tell. to-torch: whose names to write, of a "
                            "teacher; default release, pi-Flow's.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to-torch: of the weights written.")
-MAX_SHARD_SIZE = flags.DEFINE_float("max_shard_size", 5.0, "to-torch: GB of weights in a file, before there is another (pi-Flow's "
-                                    "release reads one file). Also --max-shard-size.", lower_bound=0.0)
+MAX_SHARD_SIZE = flags.DEFINE_float("max_shard_size", 5.0, "to-torch: GB of weights in a file, before there is another "
+                                    "(pi-Flow's release reads one file). Also --max-shard-size.", lower_bound=0.0)
 EMA = flags.DEFINE_bool("ema", True, "to-torch: averaged weights. --no-ema: the last ones.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the mapping, write nothing. Also --dry-run.")
 

@@ -164,7 +164,8 @@ def test_a_sit_teacher_of_pi_flows_release_is_told_by_the_fields(tmp_path, capsy
   plain, sit = _config("teacher"), _config("teacher", time_scale=-1.0, time_offset=1.0)
   run.from_torch(tmp_path, tmp_path / "run", sit)
   assert "taken to embed 1.0 + -1.0 t" in capsys.readouterr().out
-  params, x, labels, t = _weights(sit, tmp_path / "run"), jnp.ones((3, 8, 8, 4)) * 0.1, jnp.arange(3), jnp.array([0.0, 0.3, 1.0])
+  params = _weights(sit, tmp_path / "run")
+  x, labels, t = jnp.ones((3, 8, 8, 4)) * 0.1, jnp.arange(3), jnp.array([0.0, 0.3, 1.0])
   want = build.teacher(plain)(params, x, 1 - t, labels)
   np.testing.assert_allclose(build.teacher(sit)(params, x, t, labels), want, atol=1e-5)
   assert np.abs(build.teacher(plain)(params, x, t, labels) - want).max() > 1e-2
@@ -280,7 +281,7 @@ def test_copies_of_the_embedding_must_agree(tmp_path):
   state = load_file(path)
   state["transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"] += 1
   save_file(state, path)
-  with pytest.raises(errors.UserError, match="unlike the first .*: transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias$"):
+  with pytest.raises(errors.UserError, match="unlike the first .*: transformer_blocks.1.norm1.emb.time.*linear_1.bias$"):
     run.from_torch(path, tmp_path / "back", config)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
 

@@ -57,7 +57,8 @@ class _SiT(nn.Module):
         "linear": nn.Linear(width, patch * patch * out),
         "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))})
     if projectors:
-      self.projectors = nn.ModuleList(nn.Sequential(nn.Linear(width, 7), nn.SiLU(), nn.Linear(7, 5)) for _ in range(projectors))
+      mlp = lambda: nn.Sequential(nn.Linear(width, 7), nn.SiLU(), nn.Linear(7, 5))
+      self.projectors = nn.ModuleList(mlp() for _ in range(projectors))
     generator = torch.Generator().manual_seed(0)
     for w in self.parameters():  # as drawn for training, blocks would be the identity and outputs 0
       w.data = torch.randn(w.shape, generator=generator) * (0.02 if w.ndim < 2 else w[0].numel() ** -0.5)
@@ -86,7 +87,8 @@ class _SiT(nn.Module):
 def test_the_same_velocity_by_every_name(naming, time_scale, more, says, tmp_path, capsys):
   config = _config("teacher", **FIELDS[naming] | {"time_scale": time_scale})
   n, (side, _, channels), classes = config.network, config.data.shape, config.data.num_classes
-  theirs = _SiT(side=side, patch=n.patch, channels=channels, width=n.width, depth=n.depth, heads=n.heads, classes=classes, **more)
+  theirs = _SiT(side=side, patch=n.patch, channels=channels, width=n.width, depth=n.depth, heads=n.heads, classes=classes,
+                **more)
   torch.save({"model": {}, "ema": theirs.state_dict(), "steps": 3}, tmp_path / "0000003.pt")
   run.from_torch(tmp_path / "0000003.pt", tmp_path / "run", config, naming=None if "projectors" in more else naming)
   assert says in capsys.readouterr().out
