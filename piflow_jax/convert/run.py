@@ -56,7 +56,8 @@ def from_torch(path, workdir, config=None, *, naming=None, dry_run=False):
     role, shapes = _tree_for(config, source, naming, stored)
     entries = table.entries(naming.rows(config.network.depth, config.network.patch),
                             {k: v.shape for k, v in params_lib.named_leaves(shapes).items()}, naming.says)
-    left_out = table.check(entries, source, (*naming.ignored, *naming.constants))
+    left_out = table.check(entries, source.shapes, source.where, (*naming.ignored, *naming.constants), source.faults,
+                           source.read)
     for key in naming.constants:
       if key in source.shapes:
         dit.check_positions(source.read(key), config, f"--source: {key}")
@@ -154,7 +155,7 @@ def _autoencoder_from_torch(source, workdir, dry_run):
   shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, size, size, settings["channels"]))))["params"]
   entries = table.entries(autoencoder.rows(settings, source.shapes),
                           {k: v.shape for k, v in params_lib.named_leaves(shapes).items()}, "diffusers' AutoencoderKL")
-  table.check(entries, source)
+  table.check(entries, source.shapes, source.where, faults=source.faults)
   print(f"{source.where}: diffusers' AutoencoderKL of {len(source.shapes)} tensors", flush=True)
   about = {"settings": settings, "scales": scales, "config": source.config}
   _fill_workdir(entries, shapes, source, workdir, dry_run, beside=about)

@@ -126,28 +126,31 @@ def entries(table, shapes, what):
   return found
 
 
-def check(entries_, source, ignored=()):
+def check(entries_, found, where, ignored=(), faults={}, read=None):
   """Hold the tensors of a file against what is wanted, before any is converted; returns the keys that are left out.
 
   Args:
     entries_: of `entries`.
-    source: `files.Source`.
+    found: {key: shape} of the file.
+    where: the file, for messages.
     ignored: patterns of keys that are known and not needed.
+    faults: of `files.Source`.
+    read: key -> array, by which copies are compared; None: they are not.
   Raises:
     errors.UserError: one that lists every key that is missing, unknown, of another shape, among the file's own faults, or
       not the copy that it should be.
   """
   wanted = {key: entry.shape_there for entry in entries_ for key in entry.keys}
-  left_out = {key for key in source.shapes.keys() - wanted.keys() if any(re.fullmatch(p, key) for p in ignored)}
-  wrong = [difference(wanted, {key: shape for key, shape in source.shapes.items() if key not in left_out})]
-  for what, keys in source.faults.items():
+  left_out = {key for key in found.keys() - wanted.keys() if any(re.fullmatch(p, key) for p in ignored)}
+  wrong = [difference(wanted, {key: shape for key, shape in found.items() if key not in left_out})]
+  for what, keys in faults.items():
     wrong.append(_part(what, [f"{key} ({why})" for key, why in keys.items() if key not in left_out]))
-  readable = {key for key, shape in wanted.items() if source.shapes.get(key) == shape}.difference(*source.faults.values())
+  readable = {key for key, shape in wanted.items() if found.get(key) == shape}.difference(*faults.values())
   wrong.append(_part("unlike the first of what all layers share here", [
-      key for entry in entries_ if entry.copies for key in _unlike_the_first(
-          [key for key in entry.keys if key in readable], source.read)]))
+      key for entry in entries_ if entry.copies and read
+      for key in _unlike_the_first([key for key in entry.keys if key in readable], read)]))
   if any(wrong):
-    raise errors.UserError(f"--source: {source.where} does not fit the config's network; {'; '.join(filter(None, wrong))}")
+    raise errors.UserError(f"--source: {where} does not fit the config's network; {'; '.join(filter(None, wrong))}")
   return sorted(left_out)
 
 

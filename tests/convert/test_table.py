@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from piflow_jax import errors
-from piflow_jax.convert import files
 from piflow_jax.convert import table
 from piflow_jax.convert.table import Row
 
@@ -44,10 +43,6 @@ def test_a_patch_layer_is_the_convolution_of_that_stride():
   np.testing.assert_allclose(tokens @ kernel, want, rtol=1e-12)
 
 
-def _source(shapes, faults={}, read=lambda key: np.zeros(5)):
-  return files.Source(shapes, read, {}, {}, "a file", faults)
-
-
 ROWS = [
     Row("in/kernel", ("in.weight",), table.linear()),
     Row("blocks/qkv/kernel", tuple(f"blocks.{{i}}.{c}.weight" for c in "qkv"), table.linear()),
@@ -62,7 +57,7 @@ THERE = {"in.weight": (6, 4), "blocks.0.shared": (5,), "blocks.1.shared": (5,),
 def test_entries_of_parts_layers_and_copies():
   entries = table.entries(ROWS, SHAPES, "a test")
   assert {key: entry.shape_there for entry in entries for key in entry.keys} == THERE
-  assert table.check(entries, _source(THERE | {"step": ()}), (r"step",)) == ["step"]
+  assert table.check(entries, THERE | {"step": ()}, "a file", (r"step",)) == ["step"]
   tree = {path: RNG.standard_normal(shape) for path, shape in SHAPES.items()}
   stored = {}
   for entry in entries:
@@ -83,7 +78,7 @@ def test_everything_that_is_wrong_is_listed_at_once():
   faults = {"twice": {"blocks.0.v.weight": "a and b", "aside": "a and b"}, "no floats": {"extra": "I64"}, "not listed": {}}
   values = {key: np.full(5, i) for i, key in enumerate(("blocks.0.shared", "blocks.1.shared"))}
   with pytest.raises(errors.UserError) as e:
-    table.check(entries, _source(found, faults, values.__getitem__), ("aside",))
+    table.check(entries, found, "a file", ("aside",), faults, values.__getitem__)
   assert str(e.value) == (
       "--source: a file does not fit the config's network; missing: blocks.0-1.q.weight, blocks.1.k.weight; "
       "unknown: blocks.7.v.weight, extra; misshaped: in.weight (4, 6) instead of (6, 4); twice: blocks.0.v.weight (a and b); "
@@ -93,7 +88,8 @@ def test_everything_that_is_wrong_is_listed_at_once():
 def test_copies_are_compared_only_where_they_can_be():
   entries = table.entries(ROWS, SHAPES, "a test")
   with pytest.raises(errors.UserError, match="network; misshaped: blocks.0.shared [^;]*; no floats: blocks.1.shared .I64.$"):
-    table.check(entries, _source(THERE | {"blocks.0.shared": (6,)}, {"no floats": {"blocks.1.shared": "I64"}}, None))
+    table.check(entries, THERE | {"blocks.0.shared": (6,)}, "a file", (), {"no floats": {"blocks.1.shared": "I64"}},
+                lambda key: 1 / 0)
 
 
 def test_a_leaf_without_a_name_is_told():
