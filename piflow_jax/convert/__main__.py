@@ -30,6 +30,8 @@ NAMING = flags.DEFINE_enum("format", None, list(dit.NAMINGS),
                            "from-torch: whose names, where the keys do not tell. to-torch: whose names to write, of a "
                            "teacher; default release, pi-Flow's.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to-torch: of the weights written.")
+MAX_SHARD_SIZE = flags.DEFINE_float("max_shard_size", 5.0, "to-torch: GB of weights in a file, before there is another "
+                                    "(pi-Flow's release reads one file). Also --max-shard-size.", lower_bound=0.0)
 EMA = flags.DEFINE_bool("ema", True, "to-torch: averaged weights. --no-ema: the last ones.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the mapping, write nothing. Also --dry-run.")
 
@@ -47,15 +49,16 @@ def _to_torch(argv):
   if not OUT.value and not DRY_RUN.value:
     raise errors.UserError("--out: missing; name the folder to make")
   run.to_torch(program.WORKDIR.value, OUT.value, program.CONFIG.value, naming=NAMING.value, ema=EMA.value,
-               dtype=DTYPE.value, dry_run=DRY_RUN.value)
+               dtype=DTYPE.value, dry_run=DRY_RUN.value, max_bytes=MAX_SHARD_SIZE.value * 1e9)
 
 
 _VERBS = {"from-torch": _from_torch, "to-torch": _to_torch}
 
 if __name__ == "__main__":
   # absl knows --noema and --dry_run; people write dashes.
-  spelling = {"--no-ema": "--noema", "--dry-run": "--dry_run"}
-  sys.argv[1:] = [spelling.get(argument, argument) for argument in sys.argv[1:]]
+  spelling = {"--no-ema": "--noema", "--dry-run": "--dry_run", "--max-shard-size": "--max_shard_size"}
+  words = [argument.partition("=") for argument in sys.argv[1:]]
+  sys.argv[1:] = [spelling.get(name, name) + equals + value for name, equals, value in words]
   verb = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in _VERBS else None
   if verb is None and not any(argument.startswith("--help") for argument in sys.argv):
     print(f"error: say what to do: python -m piflow_jax.convert {' or '.join(_VERBS)} ... (--help tells more)", file=sys.stderr)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -13,12 +14,12 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from piflow_jax import errors
 
 NAME = "diffusion_pytorch_model"
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+_NO_FLOATS = "no dense array of 16, 32 or 64 bit floats"
 
 
 class Source(NamedTuple):
@@ -29,6 +30,7 @@ class Source(NamedTuple):
   metadata: dict  # of a safetensors file, texts
   config: dict  # config.json beside it, or {}
   where: str  # for messages
+  faults: dict = {}  # {what is wrong with some keys: {key: the particulars}}; `table.check` tells them with all else
 
 
 @contextlib.contextmanager
@@ -36,7 +38,7 @@ def open_source(path):
   """Open a safetensors file, a folder of such (with an index, or one file), or a .pt/.pth/.bin/.ckpt file.
 
   Raises:
-    errors.UserError: what cannot be read, with the reason; a key that is in two shards; a shard that is missing.
+    errors.UserError: what cannot be read, with the reason; shards that are missing.
   """
   path = pathlib.Path(path)
   if not path.exists():
@@ -48,9 +50,14 @@ def open_source(path):
   with contextlib.ExitStack() as stack:
     if path.name.endswith(".safetensors.index.json"):
       index = _json(path).get("weight_map")
-      if not index or not isinstance(index, dict):
-        raise errors.UserError(f"--source: {path} has no weight_map; give the index that belongs to sharded safetensors")
-      yield _safetensors([path.parent / name for name in sorted(set(index.values()))], stack, path, config, index)
+      if not index or not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise errors.UserError(f"--source: {path} has no weight_map of keys and names of shards; give the index that belongs "
+                               "to sharded safetensors")
+      shards = [path.parent / name for name in sorted(set(index.values()))]
+      lost = [shard.name for shard in shards if not shard.is_file()]
+      if lost:
+        raise errors.UserError(f"--source: {path} names shards that are not there: {', '.join(lost)}; fetch them")
+      yield _safetensors(shards, stack, path, config, index)
     elif path.suffix == ".safetensors":
       yield _safetensors([path], stack, path, config)
     elif path.suffix in _PICKLED:
@@ -80,7 +87,7 @@ def _json(path):
 
 
 def _safetensors(paths, stack, where, config, index=None):
-  shapes, holder, metadata, doubled, odd = {}, {}, {}, [], []
+  shapes, holder, metadata, doubled, odd = {}, {}, {}, {}, {}
   for path in paths:
     try:
       file = stack.enter_context(safe_open(path, "numpy"))
@@ -88,24 +95,19 @@ def _safetensors(paths, stack, where, config, index=None):
       raise errors.UserError(f"--source: {path} cannot be read: {e}") from e
     metadata |= file.metadata() or {}
     for key in file.keys():
-      doubled += [f"{key} ({holder[key][0]} and {path.name})"] if key in holder else []
+      if key in holder:
+        doubled[key] = f"{holder[key][0]} and {path.name}"
       part = file.get_slice(key)
       if part.get_dtype() not in ("F16", "BF16", "F32", "F64"):
-        odd.append(f"{key} ({part.get_dtype()})")
+        odd[key] = part.get_dtype()
       shapes[key], holder[key] = tuple(part.get_shape()), (path.name, file)
-  _refuse_odd(odd, where)
-  if doubled:
-    raise errors.UserError(f"--source: {where} has keys twice: {', '.join(doubled)}")
-  lost = sorted(key for key in index or () if key not in holder)
-  if lost:
-    raise errors.UserError(f"--source: {where} names what its shards do not hold: {', '.join(lost)}")
-  return Source(shapes, lambda key: holder[key][1].get_tensor(key), metadata, config, str(where))
-
-
-def _refuse_odd(odd, where):
-  if odd:
-    raise errors.UserError(f"--source: {where} holds what is no dense array of 16, 32 or 64 bit floats: {', '.join(odd)}; "
-                           "take it out, or turn it into one")
+  faults = {"twice": doubled, _NO_FLOATS: odd}
+  if index is not None:
+    faults["not in the shard that the index names"] = {
+        key: name for key, name in index.items()
+        if key not in doubled and (key not in holder or holder[key][0] != pathlib.Path(name).name)}
+    faults["not in the index"] = {key: holder[key][0] for key in shapes if key not in index}
+  return Source(shapes, lambda key: holder[key][1].get_tensor(key), metadata, config, str(where), faults)
 
 
 def _pickled(path, config):
@@ -123,22 +125,12 @@ def _pickled(path, config):
     reason = f"{type(e).__name__} {str(e).strip().splitlines()[0] if str(e).strip() else ''}".strip()
     raise errors.UserError(f"--source: {path} cannot be read as weights alone ({reason}); save its state dict anew, best as "
                            "safetensors") from e
-  where = str(path)
-  # A training state: the average is what samples are drawn with, whatever its script calls it.
-  tensors_of = lambda found: {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-  while isinstance(tree, dict) and not tensors_of(tree):
-    inner = sorted((name for name, value in tree.items() if isinstance(name, str) and isinstance(value, dict) and (
-        tensors_of(value) or name in ("ema", "state_dict", "model"))),
-        key=lambda name: ("ema" not in name, not tensors_of(tree[name]), name not in ("state_dict", "model"), name))
-    if not inner:
-      break
-    tree, where = tree[inner[0]], f"{where}[{inner[0]!r}]"
-  tensors = tensors_of(tree) if isinstance(tree, dict) else {}
+  tensors = _named_tensors(tree, torch.Tensor) if isinstance(tree, dict) else {}
   if not tensors:
-    raise errors.UserError(f"--source: {where} holds no tensors by name")
+    raise errors.UserError(f"--source: {path} holds no tensors by name")
   float_ = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-  _refuse_odd([f"{k} ({v.layout if v.layout != torch.strided else v.dtype})" for k, v in tensors.items()
-               if v.dtype not in float_ or v.layout != torch.strided], where)
+  odd = {k: str(v.layout if v.layout != torch.strided else v.dtype) for k, v in tensors.items()
+         if v.dtype not in float_ or v.layout != torch.strided}
 
   def read(key):
     tensor = tensors[key].detach()
@@ -146,7 +138,18 @@ def _pickled(path, config):
       return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
-  return Source({k: tuple(v.shape) for k, v in tensors.items()}, read, {}, config, where)
+  return Source({k: tuple(v.shape) for k, v in tensors.items()}, read, {}, config, str(path), {_NO_FLOATS: odd})
+
+
+def _named_tensors(tree, kind, prefix=""):
+  """{"ema.blocks.0.weight": tensor} of a training state, whatever it keeps beside: `without_prefix` finds the weights."""
+  found = {}
+  for name, value in tree.items():
+    if isinstance(name, str) and isinstance(value, kind):
+      found[prefix + name] = value
+    elif isinstance(name, str) and isinstance(value, dict):
+      found |= _named_tensors(value, kind, f"{prefix}{name}.")
+  return found
 
 
 def without_prefix(source, recognised):
@@ -159,10 +162,12 @@ def without_prefix(source, recognised):
     return source
   prefixes = {key[:i + 1] for key in source.shapes for i, c in enumerate(key) if c == "."}
   for prefix in sorted(prefixes, key=lambda p: ("ema" not in p, len(p), p)):
-    shapes = {key.removeprefix(prefix): shape for key, shape in source.shapes.items() if key.startswith(prefix)}
+    under = lambda named: {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
+    shapes = under(source.shapes)
     if recognised(shapes):
       return source._replace(
-          shapes=shapes, read=lambda key: source.read(prefix + key), where=f"{source.where} under {prefix!r}")
+          shapes=shapes, read=lambda key: source.read(prefix + key), where=f"{source.where} under {prefix!r}",
+          faults={what: under(keys) for what, keys in source.faults.items()})
   return source
 
 
@@ -175,50 +180,45 @@ def check_free(folder):
     raise errors.UserError(f"--out: {str(folder)!r} is there and not empty; choose another")
 
 
-def write(folder, tensors, *, config, metadata, beside=(), max_bytes=5 << 30):
+def write(folder, shapes, tensors, *, dtype, config, metadata, beside=(), max_bytes=5 << 30):
   """Write tensors as safetensors (several with an index if they are many) and config.json; all of it, or nothing.
 
   Args:
     folder: that is made; it must not be there yet, or be empty.
-    tensors: iterable of (key, array); as much as one file holds is kept in memory.
+    shapes: {key: shape} of all that there is to write.
+    tensors: iterable of (key, array) in that order; one is in memory at a time.
+    dtype: of all arrays, float32 or bfloat16.
     config: for config.json.
     metadata: {name: text} for each file's header.
     beside: files to copy into the folder.
-    max_bytes: of a file.
+    max_bytes: of a file; a single tensor may be larger.
   Returns:
     Names of the files written.
   Raises:
-    errors.UserError: the folder has something in it.
+    errors.UserError: the folder has something in it, or cannot be written.
   """
   check_free(folder)
   folder = pathlib.Path(os.path.abspath(folder))
   partial = folder.with_name(f".{folder.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
+  shards = _shards(shapes, np.dtype(dtype).itemsize, max_bytes)
+  names = [f"{NAME}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+  names = [f"{NAME}.safetensors"] if len(shards) == 1 else names
   try:
     partial.mkdir(parents=True)
-    shards, shard, size, total = [], {}, 0, 0
-
-    def flush():
-      name = f"shard-{len(shards)}"
-      save_file(shard, partial / name, metadata={"format": "pt"} | metadata)
-      (partial / name).chmod(0o644)  # the library makes it for its owner alone
-      shards.append((name, list(shard)))
-      shard.clear()
-
-    for key, array in tensors:
-      if shard and size + array.nbytes > max_bytes:
-        flush()
-        size = 0
-      shard[key] = np.ascontiguousarray(array)
-      size, total = size + array.nbytes, total + array.nbytes
-    flush()
-    weights = {}
-    for i, (name, keys) in enumerate(shards):
-      final = f"{NAME}.safetensors" if len(shards) == 1 else f"{NAME}-{i + 1:05}-of-{len(shards):05}.safetensors"
-      (partial / name).rename(partial / final)
-      weights |= dict.fromkeys(keys, final)
+    tensors = iter(tensors)
+    for name, keys in zip(names, shards):
+      with open(partial / name, "wb") as file:
+        file.write(_header({key: shapes[key] for key in keys}, np.dtype(dtype), metadata))
+        for key in keys:
+          found, array = next(tensors)
+          if (found, array.shape, array.dtype) != (key, tuple(shapes[key]), dtype):
+            raise ValueError(f"{found} {array.shape} {array.dtype} where {key} {shapes[key]} {dtype} was announced")
+          file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     if len(shards) > 1:
-      index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weights}
+      total = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(dtype).itemsize
+      index: dict[str, Any] = {"metadata": {"total_size": total},
+                               "weight_map": {key: name for name, keys in zip(names, shards) for key in keys}}
       (partial / f"{NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in beside:
@@ -233,3 +233,28 @@ def write(folder, tensors, *, config, metadata, beside=(), max_bytes=5 << 30):
     shutil.rmtree(partial, ignore_errors=True)
     raise
   return sorted(path.name for path in folder.iterdir())
+
+
+def _shards(shapes, itemsize, max_bytes):
+  """Keys of each file: as many as fit, one at least."""
+  shards, size = [[]], 0
+  for key, shape in shapes.items():
+    more = math.prod(shape) * itemsize
+    if shards[-1] and size + more > max_bytes:
+      shards.append([])
+      size = 0
+    shards[-1].append(key)
+    size += more
+  return shards
+
+
+def _header(shapes, dtype, metadata):
+  """What a safetensors file begins with. Its library would want all tensors in memory at once."""
+  entries: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
+  end = 0
+  for key, shape in shapes.items():
+    start, end = end, end + math.prod(shape) * dtype.itemsize
+    entries[key] = {"dtype": "F32" if dtype == np.float32 else "BF16", "shape": list(shape), "data_offsets": [start, end]}
+  text = json.dumps(entries).encode()
+  text += b" " * (-len(text) % 8)
+  return len(text).to_bytes(8, "little") + text

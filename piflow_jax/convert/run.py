@@ -44,25 +44,32 @@ def from_torch(path, workdir, config=None, *, naming=None, dry_run=False):
         raise errors.UserError(f"--format: {source.where} is an autoencoder, which has one naming; leave it out")
       return _autoencoder_from_torch(source, workdir, dry_run)
     _check_config(config)
-    naming = dit.NAMINGS[_naming_of(source, naming)]
-    _check_network(config, naming.says, dit.network_of(source.config) | naming.network)
-    stored = dit.stored_policy(source.metadata, source.config)
+    name = _naming_of(source, naming)
+    naming, told = dit.NAMINGS[name], dit.network_of(source.config)
+    clash = [f"{k} is {told[k]} there" for k, v in naming.network.items() if told.get(k, v) != v]
+    if clash:
+      raise errors.UserError(f"--format: {name} is not what config.json beside {source.where} tells: {', '.join(clash)}; "
+                             "choose the format that it is of, or take config.json away")
+    _check_network(config, naming.says, naming.unless_told | told | naming.network)
+    stored = dit.stored_policy(source.metadata, source.config, source.where)
     source = _velocity_channels_alone(source, naming, config, stored)
     role, shapes = _tree_for(config, source, naming, stored)
     entries = table.entries(naming.rows(config.network.depth, config.network.patch),
                             {k: v.shape for k, v in params_lib.named_leaves(shapes).items()}, naming.says)
-    left_out = table.check(entries, source.shapes, source.where, (*naming.ignored, *naming.constants))
+    left_out = table.check(entries, source.shapes, source.where, (*naming.ignored, *naming.constants), source.faults,
+                           source.read)
     for key in naming.constants:
       if key in source.shapes:
         dit.check_positions(source.read(key), config, f"--source: {key}")
     print(f"{source.where}: {naming.says}; a {role} of {len(source.shapes) - len(left_out)} tensors"
           + (f"; left out: {table.listed(left_out)}" if left_out else ""), flush=True)
+    print(_taken(config, name, role, told, stored), flush=True)
     _fill_workdir(entries, shapes, source, workdir, dry_run)
   if not dry_run:
     print(f"wrote {workdir}; give it as " + ("--config.teacher.checkpoint" if role == "teacher" else "--workdir"))
 
 
-def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32", dry_run=False, max_bytes=5 << 30):
+def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32", dry_run=False, max_bytes=5e9):
   """Write the weights of a run as a folder that PyTorch users can load, one tensor after the other.
 
   Args:
@@ -91,9 +98,12 @@ def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32
       entries, about, policy, constants, beside = _network_to_torch(config, shapes, naming or "release", workdir)
     if dry_run:
       return _print_mapping(entries, "->")
+    there = {key: entry.shape_there for entry in entries for key in entry.keys}
+    there |= {key: tensor.shape for key, tensor in constants.items()}
+    dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     written = files.write(
-        out, _tensors(entries, read, constants, dtype, out), config=about, beside=beside, max_bytes=max_bytes,
-        metadata={"policy_config": json.dumps(policy)} if policy else {})
+        out, there, _tensors(entries, read, constants, dtype, out), dtype=dtype, config=about, beside=beside,
+        max_bytes=max_bytes, metadata={"policy_config": json.dumps(policy)} if policy else {})
     print(f"wrote {out}: {', '.join(written)}")
 
 
@@ -116,15 +126,17 @@ def _network_to_torch(config, shapes, name, workdir):
                            f"{table.difference(expected, shapes)}; give the config that it was trained with")
   entries = table.entries(naming.rows(config.network.depth, config.network.patch), shapes, naming.says)
   constants = {key: dit.positions(config) for key in naming.constants}
-  if name == "release" and config.network.time_offset:
-    print(f"config.network.time_offset is {config.network.time_offset}: piflow_torch.py heeds it, pi-Flow's release does not",
+  if name == "release":
+    told, n = dit.release_diffusion(config.network), config.network
+    print("pi-Flow's release: " + (
+        f"set {', '.join(f'{k}={v}' for k, v in told.items())} in the diffusion that it runs this network in" if told else
+        f"no setting of it embeds {n.time_offset} + {n.time_scale} t, as this network wants; piflow_torch.py does"),
           flush=True)
   beside = [pathlib.Path(__file__).with_name("piflow_torch.py")] if name == "release" else []
   return entries, dit.model_config(config, name, policy, float(build.shift(config))), policy, constants, beside
 
 
 def _tensors(entries, read, constants, dtype, out):
-  dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
   leaf = functools.lru_cache(1)(read)  # the layers of a leaf come one after the other
   for entry in tqdm.tqdm(entries, unit="tensor", desc=str(out), disable=None):
     array = leaf(entry.path)
@@ -143,7 +155,7 @@ def _autoencoder_from_torch(source, workdir, dry_run):
   shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, size, size, settings["channels"]))))["params"]
   entries = table.entries(autoencoder.rows(settings, source.shapes),
                           {k: v.shape for k, v in params_lib.named_leaves(shapes).items()}, "diffusers' AutoencoderKL")
-  table.check(entries, source.shapes, source.where)
+  table.check(entries, source.shapes, source.where, faults=source.faults)
   print(f"{source.where}: diffusers' AutoencoderKL of {len(source.shapes)} tensors", flush=True)
   about = {"settings": settings, "scales": scales, "config": source.config}
   _fill_workdir(entries, shapes, source, workdir, dry_run, beside=about)
@@ -154,6 +166,8 @@ def _autoencoder_from_torch(source, workdir, dry_run):
 def _fill_workdir(entries, shapes, source, workdir, dry_run, beside=None):
   if dry_run:
     return _print_mapping(entries, "<-")
+  settings = epath.Path(workdir) / _SETTINGS
+  settings.unlink(missing_ok=True)  # of an autoencoder whose import was killed: there are no weights to it
 
   def leaves():
     with tqdm.tqdm(total=len(entries), unit="tensor", desc=str(workdir), disable=None) as bar:
@@ -164,9 +178,15 @@ def _fill_workdir(entries, shapes, source, workdir, dry_run, beside=None):
           bar.update()
         yield path, leaf
     if beside:  # before the weights are whole: weights without it would be taken for a network's
-      (epath.Path(workdir) / _SETTINGS).write_text(json.dumps(beside))
+      settings.write_text(json.dumps(beside))
 
-  checkpoint.save_weights(workdir, leaves())
+  try:
+    checkpoint.save_weights(workdir, leaves())
+  except BaseException:
+    settings.unlink(missing_ok=True)
+    if settings.parent.exists() and not list(settings.parent.iterdir()):
+      settings.parent.rmdir()
+    raise
 
 
 def _print_mapping(entries, arrow):
@@ -206,6 +226,21 @@ def _check_network(config, what, fields):
   wrong = [f"config.network.{k} is {config.network[k]}, set {v}" for k, v in fields.items() if config.network[k] != v]
   if wrong:
     raise errors.UserError(f"--config: for {what}: {'; '.join(wrong)}")
+
+
+def _taken(config, name, role, told, stored):
+  """A line on what the weights are taken to mean and no shape of theirs tells."""
+  n = config.network
+  line = (f"taken to embed {n.time_offset} + {n.time_scale} t (config.network.time_offset, time_scale) and to have "
+          f"mlp_norm_eps {n.mlp_norm_eps}")
+  if name == "release" and "time_scale" not in told:
+    line += ("; these files do not tell: the time_scale is num_timesteps of the release's own config (1 for REPA, 1000 for "
+             "FM-DiT); with flip_model_timesteps there (SiT) it is -num_timesteps, and time_offset is num_timesteps")
+  if role == "student":
+    mine = dit.policy_config(build.policy_head(config))
+    unsaid = [f"{k} {v}" for k, v in mine.items() if k not in (stored or {}) and (k != "type" or v != "GMFlow")]
+    line += f"; policy, by the config alone: {', '.join(unsaid)}" if unsaid else ""
+  return line
 
 
 def _velocity_channels_alone(source, naming, config, policy):

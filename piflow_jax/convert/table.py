@@ -55,15 +55,9 @@ class Entry(NamedTuple):
     return (first if self.copies else first // len(self.keys), *rest)
 
   def to_here(self, read):
-    """The leaf's layer from read(key) -> array. Raises errors.UserError: copies that differ."""
-    if not self.copies:
-      parts = [read(key) for key in self.keys]
-      return self.transform.here(parts[0] if len(parts) == 1 else np.concatenate(parts), self.shape)
-    first = read(self.keys[0])
-    for key in self.keys[1:]:
-      if not np.array_equal(first, read(key)):
-        raise errors.UserError(f"--source: {key} differs from {self.keys[0]}; here all layers share one")
-    return self.transform.here(first, self.shape)
+    """The leaf's layer from read(key) -> array; of copies, which `check` has compared, the first."""
+    parts = [read(key) for key in (self.keys[:1] if self.copies else self.keys)]
+    return self.transform.here(parts[0] if len(parts) == 1 else np.concatenate(parts), self.shape)
 
   def to_there(self, array):
     """(key, array) for each of the keys."""
@@ -132,32 +126,51 @@ def entries(table, shapes, what):
   return found
 
 
-def check(entries_, found, where, ignored=()):
-  """Hold the tensors of a file against what is wanted, before any is read; returns the keys that are left out.
+def check(entries_, found, where, ignored=(), faults={}, read=None):
+  """Hold the tensors of a file against what is wanted, before any is converted; returns the keys that are left out.
 
   Args:
     entries_: of `entries`.
     found: {key: shape} of the file.
     where: the file, for messages.
     ignored: patterns of keys that are known and not needed.
+    faults: of `files.Source`.
+    read: key -> array, by which copies are compared; None: they are not.
   Raises:
-    errors.UserError: one that lists every key that is missing, unknown or of another shape.
+    errors.UserError: one that lists every key that is missing, unknown, of another shape, among the file's own faults, or
+      not the copy that it should be.
   """
   wanted = {key: entry.shape_there for entry in entries_ for key in entry.keys}
   left_out = {key for key in found.keys() - wanted.keys() if any(re.fullmatch(p, key) for p in ignored)}
-  wrong = difference(wanted, {key: shape for key, shape in found.items() if key not in left_out})
-  if wrong:
-    raise errors.UserError(f"--source: {where} does not fit the config's network; {wrong}")
+  wrong = [difference(wanted, {key: shape for key, shape in found.items() if key not in left_out})]
+  for what, keys in faults.items():
+    wrong.append(_part(what, [f"{key} ({why})" for key, why in keys.items() if key not in left_out]))
+  readable = {key for key, shape in wanted.items() if found.get(key) == shape}.difference(*faults.values())
+  wrong.append(_part("unlike the first of what all layers share here", [
+      key for entry in entries_ if entry.copies and read
+      for key in _unlike_the_first([key for key in entry.keys if key in readable], read)]))
+  if any(wrong):
+    raise errors.UserError(f"--source: {where} does not fit the config's network; {'; '.join(filter(None, wrong))}")
   return sorted(left_out)
+
+
+def _part(what, names):
+  return f"{what}: {listed(sorted(names))}" if names else ""
+
+
+def _unlike_the_first(keys, read):
+  if not keys:
+    return []
+  first = read(keys[0])
+  return [key for key in keys[1:] if not np.array_equal(first, read(key))]
 
 
 def difference(expected, found):
   """What sets two {path: shape} apart, in words."""
-  parts = [f"missing: {listed(sorted(expected.keys() - found.keys()))}"] if expected.keys() - found.keys() else []
-  parts += [f"unknown: {listed(sorted(found.keys() - expected.keys()))}"] if found.keys() - expected.keys() else []
   misshaped = [f"{name} {tuple(found[name])} instead of {tuple(shape)}"
                for name, shape in expected.items() if name in found and tuple(found[name]) != tuple(shape)]
-  return "; ".join(parts + ([f"misshaped: {listed(misshaped)}"] if misshaped else []))
+  return "; ".join(filter(None, (_part("missing", expected.keys() - found.keys()),
+                                 _part("unknown", found.keys() - expected.keys()), _part("misshaped", misshaped))))
 
 
 def listed(names):

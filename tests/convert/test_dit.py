@@ -158,6 +158,19 @@ def test_sit_runs_the_other_way_round():
   np.testing.assert_allclose(build.teacher(sit)(loaded, x, t, labels), -v, atol=1e-4 * float(jnp.abs(v).max()))
 
 
+def test_a_sit_teacher_of_pi_flows_release_is_told_by_the_fields(tmp_path, capsys):
+  """There the sign is turned already, and time is turned outside of the network: it is asked about 1 - t."""
+  save_file(_state("dit_teacher"), tmp_path / "model.safetensors")
+  plain, sit = _config("teacher"), _config("teacher", time_scale=-1.0, time_offset=1.0)
+  run.from_torch(tmp_path, tmp_path / "run", sit)
+  assert "taken to embed 1.0 + -1.0 t" in capsys.readouterr().out
+  params = _weights(sit, tmp_path / "run")
+  x, labels, t = jnp.ones((3, 8, 8, 4)) * 0.1, jnp.arange(3), jnp.array([0.0, 0.3, 1.0])
+  want = build.teacher(plain)(params, x, 1 - t, labels)
+  np.testing.assert_allclose(build.teacher(sit)(params, x, t, labels), want, atol=1e-5)
+  assert np.abs(build.teacher(plain)(params, x, t, labels) - want).max() > 1e-2
+
+
 def test_shards_bfloat16_and_dry_run(tmp_path, capsys):
   config = _config()
   tree = _random(config)
@@ -184,7 +197,7 @@ def test_shards_bfloat16_and_dry_run(tmp_path, capsys):
   first, second = load_file(shards[0]), load_file(shards[1])
   key = sorted(first)[0]
   save_file(second | {key: first[key]}, shards[1])
-  with pytest.raises(errors.UserError, match=f"keys twice: {key} .{shards[0].name} and {shards[1].name}"):
+  with pytest.raises(errors.UserError, match=f"twice: {key} .{shards[0].name} and {shards[1].name}"):
     run.from_torch(tmp_path / "shards", tmp_path / "twice", config)
   shards[0].unlink()
   with pytest.raises(errors.UserError, match=shards[0].name):
@@ -210,17 +223,18 @@ def test_an_export_is_whole_or_not_there(tmp_path):
     raise RuntimeError("the disk went away")
 
   with pytest.raises(RuntimeError):
-    files.write(tmp_path / "out", broken(), config={}, metadata={})
+    files.write(tmp_path / "out", {"a": (2,), "b": (2,)}, broken(), dtype=np.float32, config={}, metadata={})
   assert not list(tmp_path.iterdir())
   many = ((f"k{i}", np.full(8, i, np.float32)) for i in range(5))
-  written = files.write(tmp_path / "out", many, config={}, metadata={"a": "b"}, max_bytes=70)
+  written = files.write(tmp_path / "out", {f"k{i}": (8,) for i in range(5)}, many, dtype=np.float32, config={},
+                        metadata={"a": "b"}, max_bytes=70)
   assert [name for name in written if name.endswith(".safetensors")] == [
       f"diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
   with files.open_source(tmp_path / "out") as source:
     assert source.shapes == {f"k{i}": (8,) for i in range(5)} and source.metadata["a"] == "b"
     np.testing.assert_array_equal(source.read("k4"), np.full(8, 4))
   with pytest.raises(errors.UserError, match="--out: .* is there and not empty"):
-    files.write(tmp_path / "out", [], config={}, metadata={})
+    files.write(tmp_path / "out", {}, [], dtype=np.float32, config={}, metadata={})
 
 
 def test_weights_do_not_go_over_a_run_that_is_there(tmp_path):
@@ -267,7 +281,7 @@ def test_copies_of_the_embedding_must_agree(tmp_path):
   state = load_file(path)
   state["transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"] += 1
   save_file(state, path)
-  with pytest.raises(errors.UserError, match="blocks.1.norm1.emb.timestep_embedder.linear_1.bias differs from"):
+  with pytest.raises(errors.UserError, match="unlike the first .*: transformer_blocks.1.norm1.emb.time.*linear_1.bias$"):
     run.from_torch(path, tmp_path / "back", config)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
 
@@ -280,6 +294,9 @@ def test_names_shared_by_three_projects_ask_whose_they_are(tmp_path, capsys):
     run.from_torch(tmp_path / "out", tmp_path / "back", sit)
   with pytest.raises(errors.UserError, match="--format: release, but the keys"):
     run.from_torch(tmp_path / "out", tmp_path / "back", sit, naming="release")
+  with pytest.raises(errors.UserError, match="--format: repa is not what config.json .* tells: time_scale is -1.0 there"):
+    run.from_torch(tmp_path / "out", tmp_path / "back", repa, naming="repa")
+  (tmp_path / "out" / "config.json").unlink()
   with pytest.raises(errors.UserError, match="time_scale is -1.0, set 1.0"):
     run.from_torch(tmp_path / "out", tmp_path / "back", sit, naming="repa")
   # REPA's projectors tell it apart, and another position table is not taken for ours.
@@ -321,8 +338,9 @@ def test_the_program_moves_weights_both_ways(tmp_path, tiny_teacher):
   fields = [f"--config.{k}={v}" for k, v in tiny.FIELDS.items()]
   call = lambda *arguments: tiny.run(
       [tiny.sys.executable, "-m", "piflow_jax.convert", *arguments, "--config=configs/digits.py:teacher", *fields])
-  status, out, err = call("to-torch", f"--workdir={tiny_teacher}", f"--out={tmp_path / 'out'}")
+  status, out, err = call("to-torch", f"--workdir={tiny_teacher}", f"--out={tmp_path / 'out'}", "--max-shard-size=0.0001")
   assert status == 0 and "wrote" in out, err
+  assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
   status, out, err = call("from-torch", f"--source={tmp_path / 'out'}", f"--workdir={tmp_path / 'back'}")
   assert status == 0 and "--config.teacher.checkpoint" in out, err
   open_ = lambda workdir: checkpoint.open_weights(workdir, "ema", "--workdir")

@@ -3,19 +3,25 @@
 import json
 import subprocess
 import sys
+import weakref
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from safetensors.numpy import save_file
 
+from configs import base
 from piflow_jax import build
 from piflow_jax import checkpoint
 from piflow_jax import errors
+from piflow_jax.convert import dit
 from piflow_jax.convert import files
 from piflow_jax.convert import run
 from piflow_jax.models import autoencoder
+from piflow_jax.models import layers
+from piflow_jax.params import named_leaves
 from tests.convert.test_dit import FIELDS, _config, _equal, _random, _save, _state, _weights
 
 _FILE = "diffusion_pytorch_model.safetensors"
@@ -59,6 +65,160 @@ def test_half_precision_rounds_the_position_table_too(tmp_path):
   run.from_torch(out, tmp_path / "back", config, naming="sit")
 
 
+def test_position_tables_of_averaged_weights_and_of_other_grids():
+  config = base.get_config()  # 16 x 16 tokens
+  config.network.width = 1152
+  table = dit.positions(config)
+  entries, places = np.unique(table, return_inverse=True)
+  averaged = entries.copy()  # as facebookresearch/DiT, SiT and REPA average what they train, this table among it
+  for _ in range(20_000):
+    averaged = averaged * np.float32(0.9999) + entries * np.float32(1 - 0.9999)
+  shrunk = averaged[places].reshape(table.shape)
+  assert 1.5e-4 < np.abs(shrunk - table).max() < 2e-4
+  dit.check_positions(shrunk, config, "a file")
+  dit.check_positions(shrunk.astype(ml_dtypes.bfloat16), config, "a file")
+  rows_first = np.concatenate(np.split(table, 2, axis=-1)[::-1], -1)
+  for other in (rows_first, 0.95 * table, np.roll(table, 1, axis=1), layers.sincos_positions(32, 32, 1152)[None, :256]):
+    with pytest.raises(errors.UserError, match="a file: not the sine-cosine table"):
+      dit.check_positions(other, config, "a file")
+
+
+def test_an_autoencoder_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+  about = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[8, 16], layers_per_block=1,
+               norm_num_groups=4, scaling_factor=0.5)
+  settings, scales = autoencoder.settings_of(about)
+  net = autoencoder.Autoencoder(**settings)
+  shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), np.zeros((1, 2, 2, 3), np.float32)))["params"]
+  checkpoint.save_weights(tmp_path / "run", ((k, np.ones(v.shape, v.dtype)) for k, v in named_leaves(shapes).items()))
+  (tmp_path / "run" / "autoencoder.json").write_text(json.dumps({"settings": settings, "scales": scales, "config": about}))
+  run.to_torch(tmp_path / "run", tmp_path / "out")
+
+  def full(*args):
+    raise OSError("no space left on device")
+
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "notes.txt").write_text("")
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.partial, "finalize", full)  # after all that is written before it
+    for workdir in ("new", "mine"):
+      with pytest.raises(errors.UserError, match="--workdir: cannot write to .*no space left"):
+        run.from_torch(tmp_path / "out", tmp_path / workdir)
+  assert not (tmp_path / "new").exists() and [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+  # What a kill left beside no weights does not speak for those that come after it.
+  (tmp_path / "mine" / "autoencoder.json").write_text("{}")
+  save_file(_state("dit_teacher"), tmp_path / "dit.safetensors")
+  run.from_torch(tmp_path / "dit.safetensors", tmp_path / "mine", _config("teacher"))
+  run.to_torch(tmp_path / "mine", tmp_path / "back", _config("teacher"))
+  run.from_torch(tmp_path / "out", tmp_path / "new")
+  assert json.loads((tmp_path / "new" / "autoencoder.json").read_text())["settings"]["widths"] == [8, 16]
+
+
+def test_all_that_is_wrong_with_sharded_weights_is_one_line(tmp_path):
+  config = _config("gm")
+  out = _exported(tmp_path, config, max_bytes=20_000)
+  a, b, *_ = sorted(out.glob("*.safetensors"))
+  first, second = load_file(a), load_file(b)
+  doubled, lost, odd, unlisted, *_ = sorted(first)
+  index = json.loads((out / f"{_FILE}.index.json").read_text())
+  del index["weight_map"][unlisted]
+  (out / f"{_FILE}.index.json").write_text(json.dumps(index))
+  save_file({k: v.astype(np.int32) if k == odd else v for k, v in first.items() if k != lost}, a)
+  save_file(second | {doubled: first[doubled], "extra": np.zeros(1, np.float32)}, b)
+  with pytest.raises(errors.UserError) as e:
+    run.from_torch(out, tmp_path / "back", config)
+  for words in (f"missing: {lost};", "unknown: extra;", f"twice: {doubled} ({a.name} and {b.name})",
+                f"no dense array of 16, 32 or 64 bit floats: {odd} (I32)",
+                f"not in the shard that the index names: {lost} ({a.name})",
+                f"not in the index: extra ({b.name}), {unlisted} ({a.name})"):
+    assert words in str(e.value), (words, str(e.value))
+  assert not (tmp_path / "back").exists()
+  a.unlink(), b.unlink()
+  with pytest.raises(errors.UserError, match=f"names shards that are not there: {a.name}, {b.name}"):
+    run.from_torch(out, tmp_path / "back", config)
+  for broken in ({"weight_map": {"a": 3}}, {"weight_map": [1]}):
+    (out / f"{_FILE}.index.json").write_text(json.dumps(broken))
+    with pytest.raises(errors.UserError, match="has no weight_map of keys and names of shards"):
+      run.from_torch(out, tmp_path / "back", config)
+
+
+@pytest.mark.parametrize("says", ["{", "[1]", '"DX"', "null", '{"segment_size": 1.0}', '{"type": ["DX"]}'])
+def test_a_policy_that_cannot_be_read_is_told(says, tmp_path):
+  save_file(_state("dit_dx"), tmp_path / "x.safetensors", metadata={"policy_config": says})
+  with pytest.raises(errors.UserError, match="policy_config in the header is .*, no table with a type"):
+    run.from_torch(tmp_path / "x.safetensors", tmp_path / "run", _config("dx"))
+  if isinstance(policy := json.loads(says if says != "{" else "3"), (list, str, int)):
+    save_file(_state("dit_dx"), tmp_path / "x.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": ["x"], "piflow_jax": {"policy": policy}}))
+    with pytest.raises(errors.UserError, match="piflow_jax.policy in config.json is .*, no table with a type"):
+      run.from_torch(tmp_path / "x.safetensors", tmp_path / "run", _config("dx"))
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("policy.polynomial", True, "mode is 'polynomial', the file's 'grid'"),
+    ("policy.segment", 0.5, "segment_size is 0.5, the file's 1.0"), ("flow.shift", 3.0, "shift is 3.0, the file's 1.0")])
+def test_what_a_dx_file_leaves_out_is_what_the_release_takes(field, value, words, tmp_path, capsys):
+  save_file(_state("dit_dx"), tmp_path / "x.safetensors", metadata={"policy_config": '{"type": "DX"}'})
+  config = _config("dx")
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(errors.UserError, match=words):
+    run.from_torch(tmp_path / "x.safetensors", tmp_path / "run", config)
+  run.from_torch(tmp_path / "x.safetensors", tmp_path / "run", _config("dx"))
+  assert "by the config alone" not in capsys.readouterr().out
+
+
+def test_what_no_file_tells_is_said(tmp_path, capsys):
+  save_file(_state("dit_dx"), tmp_path / "x.safetensors")
+  run.from_torch(tmp_path / "x.safetensors", tmp_path / "run", _config("dx", time_scale=1000.0))
+  out = capsys.readouterr().out
+  assert "taken to embed 0.0 + 1000.0 t" in out and "mlp_norm_eps 1e-05" in out and "flip_model_timesteps" in out
+  assert "policy, by the config alone: type DX, segment_size 1.0, shift 1.0, mode grid" in out
+  run.to_torch(tmp_path / "run", tmp_path / "out", _config("dx", time_scale=1000.0))
+  run.from_torch(tmp_path / "out", tmp_path / "back", _config("dx", time_scale=1000.0))
+  out = capsys.readouterr().out
+  assert "taken to embed 0.0 + 1000.0 t" in out and "do not tell" not in out and "by the config alone" not in out
+
+
+@pytest.mark.parametrize("scale, offset, told", [
+    (1.0, 0.0, dict(num_timesteps=1, flip_model_timesteps=False)),
+    (1000.0, 0.0, dict(num_timesteps=1000, flip_model_timesteps=False)),
+    (-1.0, 1.0, dict(num_timesteps=1, flip_model_timesteps=True)), (1.0, 1.0, None), (-1.0, 0.0, None)])
+def test_pi_flows_release_is_told_a_networks_time_by_its_diffusion(scale, offset, told, tmp_path, capsys):
+  out = _exported(tmp_path, _config("gm", time_scale=scale, time_offset=offset))
+  assert json.loads((out / "config.json").read_text())["piflow_jax"]["release_diffusion"] == told
+  says = capsys.readouterr().out
+  if told:
+    assert f"num_timesteps={told['num_timesteps']}, flip_model_timesteps={told['flip_model_timesteps']}" in says
+  else:
+    assert f"no setting of it embeds {offset} + {scale} t" in says
+
+
+def test_a_norm_that_config_json_tells_goes_before_the_namings(tmp_path):
+  config = _config("teacher", frequency_shift=1, mlp_norm_eps=1e-6)
+  out = _exported(tmp_path, config, naming="diffusers")
+  assert json.loads((out / "config.json").read_text())["norm_eps"] == 1e-6
+  with pytest.raises(errors.UserError, match="mlp_norm_eps is 1e-05, set 1e-06"):
+    run.from_torch(out, tmp_path / "back", _config("teacher", frequency_shift=1))
+  run.from_torch(out, tmp_path / "back", config)
+  (out / "config.json").unlink()
+  with pytest.raises(errors.UserError, match="mlp_norm_eps is 1e-06, set 1e-05"):
+    run.from_torch(out, tmp_path / "other", config)
+
+
+def test_an_export_does_not_hold_what_it_has_written(tmp_path):
+  made = []
+
+  def tensors():
+    for i in range(6):
+      array = np.full(8, i, np.float32)
+      made.append(weakref.ref(array))
+      assert sum(ref() is not None for ref in made) <= 2  # this one, and the one before in the writer's hand
+      yield f"k{i}", array
+      del array
+
+  files.write(tmp_path / "out", {f"k{i}": (8,) for i in range(6)}, tensors(), dtype=np.float32, config={}, metadata={})
+  assert load_file(tmp_path / "out" / _FILE)["k5"][0] == 5
+
+
 def test_a_write_that_fails_takes_only_its_own_with_it(tmp_path):
   def broken():
     yield "a", np.zeros(2, np.float32)
@@ -83,7 +243,7 @@ def test_a_write_that_fails_takes_only_its_own_with_it(tmp_path):
 @pytest.mark.parametrize("tensor", [np.zeros(3, np.int64), np.zeros(3, np.complex64), np.zeros(3, ml_dtypes.float8_e4m3fn)])
 def test_numbers_that_are_no_floats_are_refused(tensor, tmp_path):
   save_file(_state("dit_teacher") | {"proj_out_1.bias": tensor}, tmp_path / _FILE)
-  with pytest.raises(errors.UserError, match="no dense array of 16, 32 or 64 bit floats: proj_out_1.bias"):
+  with pytest.raises(errors.UserError, match="; .*no dense array of 16, 32 or 64 bit floats: proj_out_1.bias"):
     run.from_torch(tmp_path, tmp_path / "run", _config("teacher"))
 
 
@@ -111,17 +271,12 @@ def test_what_a_naming_cannot_say_is_refused(change, naming, words, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
-def test_pi_flows_release_is_said_not_to_know_a_time_offset(tmp_path, capsys):
-  _exported(tmp_path, _config("gm", time_offset=1.0))
-  assert "piflow_torch.py heeds it, pi-Flow's release does not" in capsys.readouterr().out
-
-
 def test_where_an_export_may_go(tmp_path):
   (tmp_path / "file").write_text("")
   for out, words in (("gs://bucket/x", "only local folders"), (tmp_path / "file" / "x", "cannot write to"),
                      (tmp_path / "file", "is there and not empty")):
     with pytest.raises(errors.UserError, match=f"--out: .*{words}"):
-      files.write(out, [("a", np.zeros(2, np.float32))], config={}, metadata={})
+      files.write(out, {"a": (2,)}, [("a", np.zeros(2, np.float32))], dtype=np.float32, config={}, metadata={})
 
 
 def test_a_dry_run_tells_where_nothing_could_be_written(tmp_path):

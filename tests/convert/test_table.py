@@ -69,20 +69,27 @@ def test_entries_of_parts_layers_and_copies():
   for entry in entries:
     leaf = tree[entry.path]
     np.testing.assert_array_equal(entry.to_here(stored.__getitem__), leaf if entry.layer is None else leaf[entry.layer])
-  stored["blocks.1.shared"] = stored["blocks.1.shared"] + 1
-  with pytest.raises(errors.UserError, match="blocks.1.shared differs from blocks.0.shared"):
-    entries[-1].to_here(stored.__getitem__)
 
 
 def test_everything_that_is_wrong_is_listed_at_once():
   entries = table.entries(ROWS, SHAPES, "a test")
   found = {k: v for k, v in THERE.items() if not k.endswith(("q.weight", "1.k.weight"))}
-  found |= {"in.weight": (4, 6), "extra": (1,), "blocks.7.v.weight": (4, 4)}
+  found |= {"in.weight": (4, 6), "extra": (1,), "blocks.7.v.weight": (4, 4), "aside": (3,)}
+  faults = {"twice": {"blocks.0.v.weight": "a and b", "aside": "a and b"}, "no floats": {"extra": "I64"}, "not listed": {}}
+  values = {key: np.full(5, i) for i, key in enumerate(("blocks.0.shared", "blocks.1.shared"))}
   with pytest.raises(errors.UserError) as e:
-    table.check(entries, found, "a file")
-  for words in ("missing: blocks.0-1.q.weight, blocks.1.k.weight", "unknown: blocks.7.v.weight, extra",
-                "misshaped: in.weight (4, 6) instead of (6, 4)", "a file"):
-    assert words in str(e.value), str(e.value)
+    table.check(entries, found, "a file", ("aside",), faults, values.__getitem__)
+  assert str(e.value) == (
+      "--source: a file does not fit the config's network; missing: blocks.0-1.q.weight, blocks.1.k.weight; "
+      "unknown: blocks.7.v.weight, extra; misshaped: in.weight (4, 6) instead of (6, 4); twice: blocks.0.v.weight (a and b); "
+      "no floats: extra (I64); unlike the first of what all layers share here: blocks.1.shared")
+
+
+def test_copies_are_compared_only_where_they_can_be():
+  entries = table.entries(ROWS, SHAPES, "a test")
+  with pytest.raises(errors.UserError, match="network; misshaped: blocks.0.shared [^;]*; no floats: blocks.1.shared .I64.$"):
+    table.check(entries, THERE | {"blocks.0.shared": (6,)}, "a file", (), {"no floats": {"blocks.1.shared": "I64"}},
+                lambda key: 1 / 0)
 
 
 def test_a_leaf_without_a_name_is_told():

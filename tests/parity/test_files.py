@@ -16,11 +16,20 @@ from tests.convert.test_dit import _config, _equal, _state, _weights
 torch = pytest.importorskip("torch")
 
 
+def _other(state):
+  return {k: v + 1 for k, v in state.items()}
+
+
 @pytest.mark.parametrize("wrap, where", [
     (lambda state: state, ""),
-    (lambda state: {"model": {k: v + 1 for k, v in state.items()}, "ema": state, "opt": {"lr": 1.0},
-                    "args": argparse.Namespace(seed=0)}, "['ema']"),
-    (lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, "under 'module.'"),
+    (lambda state: {"model": _other(state), "ema": state, "opt": {"state": {0: torch.zeros(2)}, "lr": 1.0},
+                    "args": argparse.Namespace(seed=0)}, "under 'ema.'"),
+    (lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, "under 'state_dict.module.'"),
+    (lambda state: {"ema": {"step": 3}, "model": state}, "under 'model.'"),
+    (lambda state: {"ema": {"decay": torch.tensor(0.9)}, "model": state}, "under 'model.'"),
+    (lambda state: {"model": state, "step": torch.tensor(5)}, "under 'model.'"),
+    (lambda state: {"step": torch.tensor(5), "train": {"net": _other(state), "net_ema": {"model": state}}},
+     "under 'train.net_ema.model.'"),
 ])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pt_files_of_training_scripts(wrap, where, legacy, tmp_path, capsys):

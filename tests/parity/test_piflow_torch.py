@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from piflow_jax import build
+from piflow_jax import checkpoint
 from piflow_jax import sampler
+from piflow_jax import train_loop
 from piflow_jax.convert import run
+from tests import tiny
 from tests.convert.test_dit import _config, _random, _save
 
 torch = pytest.importorskip("torch")
@@ -66,6 +69,85 @@ def test_the_same_noise_gives_the_same_images(head, fields, tmp_path):
   # Two networks and up to 128 substeps in float32.
   np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
   assert np.abs(got - noise).max() > 0.1
+
+
+def test_a_teachers_guidance_is_ours(tmp_path):
+  from piflow_jax.convert import piflow_torch
+
+  fields = {"teacher.guidance_scale": 2.5, "teacher.guidance_interval": (0.2, 0.7)}
+  config, tree, model = _exported("teacher", tmp_path, **fields)
+  noise = _noise(config)
+  flow_map = build.teacher_flow_map(config, tree, jnp.asarray(LABELS))
+  want = jax.jit(lambda x: sampler.sample(flow_map, x, jax.random.key(0), nfe=6))(noise)
+  draw = lambda **more: _here(piflow_torch.sample(model, _there(noise), torch.tensor(LABELS), nfe=6, **more))
+  np.testing.assert_allclose(draw(guidance=2.5, guidance_interval=(0.2, 0.7)), want, atol=1e-4 * np.abs(want).max())
+  assert np.abs(draw() - want).max() > 0.1
+  assert np.abs(draw(guidance=2.5) - want).max() > 0.1
+  with pytest.raises(ValueError, match="guidance 2.5: a student's was fixed"):
+    student = _exported("gm", tmp_path / "student")[2]
+    piflow_torch.sample(student, _there(noise), torch.tensor(LABELS), guidance=2.5)
+
+
+@pytest.mark.parametrize("max_bytes", [5e9, 20_000])
+def test_what_lies_beside_the_weights_is_not_loaded(max_bytes, tmp_path):
+  from piflow_jax.convert import piflow_torch
+  from safetensors.torch import load_file, save_file
+
+  config = _config("gm")
+  _save(tmp_path / "run", _random(config))
+  run.to_torch(tmp_path / "run", tmp_path / "out", config, max_bytes=max_bytes)
+  shards = sorted((tmp_path / "out").glob("*.safetensors"))
+  assert (len(shards) > 1) == (max_bytes < 1e9)
+  want = {k: v for shard in shards for k, v in load_file(shard).items()}
+  save_file({k: v + 1 for k, v in want.items()}, tmp_path / "out" / "zz-old.safetensors")
+  got = piflow_torch.load(tmp_path / "out").state_dict()
+  assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_a_blocks_layer_is_summed_in_float32(tmp_path):
+  """In bfloat16: the fused layer is the float32 sum of the stored layers rounded once."""
+  from piflow_jax.convert import piflow_torch
+
+  config, tree, _ = _exported("parallel", tmp_path, **{"policy.intervals": 128, "parallel_decoding.max_block": 128})
+  half = piflow_torch.load(tmp_path / "out", dtype=torch.bfloat16)
+  seen = []
+  layer = torch.nn.functional.linear
+  with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+    patch.setattr(piflow_torch.F, "linear", lambda x, w, b: (seen.append((w, b)), layer(x, w, b))[1])
+    half.block_velocity(_there(_noise(config)), torch.ones(3), torch.tensor(LABELS), 1.0, 0.3)
+  rounded = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16).astype(jnp.float32), tree["head"])
+  fused = build.policy_head(config).fuse(rounded, *jnp.array([1.0, 0.3]))["out"]
+  for got, want in zip(seen[-1], (fused["kernel"].reshape(16, -1).T, fused["bias"].reshape(-1))):
+    same = got.float().numpy() == np.asarray(want.astype(jnp.bfloat16), np.float32)
+    assert got.dtype == torch.bfloat16 and same.mean() > 0.98  # but where two orders of a sum fall on either side of a tie
+
+
+@pytest.mark.slow
+def test_a_trained_students_export_draws_its_samples(tmp_path):
+  """A student of real digits after some updates, exported by the command, sampled by the file beside it."""
+  assert train_loop.train(tiny.config("teacher", steps=100, checkpoint_every=100), tmp_path / "teacher") == 0
+  config = tiny.config("student", steps=50, checkpoint_every=50, teacher__checkpoint=str(tmp_path / "teacher"))
+  assert train_loop.train(config, tmp_path / "run") == 0
+  fields = [f"--config.{k}={v}" for k, v in tiny.FIELDS.items()]
+  status, _, err = tiny.run([sys.executable, "-m", "piflow_jax.convert", "to-torch", "--config=configs/digits.py:student",
+                             f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", *fields])
+  assert status == 0, err
+  noise = np.random.default_rng(1).standard_normal((32, *config.data.shape)).astype(np.float32)
+  labels = np.arange(32) % 10
+  torch.save(_there(noise), tmp_path / "noise.pt")
+  subprocess.run([sys.executable, "piflow_torch.py", f"--labels={','.join(map(str, labels))}",
+                  f"--noise={tmp_path / 'noise.pt'}", f"--out={tmp_path / 'x.pt'}"], check=True, cwd=tmp_path / "out")
+  local = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  made = build.run(config)
+  shapes = jax.eval_shape(made.init, jax.random.key(0), made.teacher_shapes)
+  shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=local), shapes)
+  params = checkpoint.load_weights(tmp_path / "run", shapes, "ema", "--workdir")
+  flow_map = made.flow_map(params, None, jnp.asarray(labels), 1)
+  want = np.asarray(jax.jit(lambda x: sampler.sample(flow_map, x, jax.random.key(0), nfe=1))(noise))
+  got = _here(torch.load(tmp_path / "x.pt"))
+  print(f"largest difference {np.abs(got - want).max():.1e} of samples up to {np.abs(want).max():.1f}")
+  assert np.abs(want).max() > 0.5 and np.abs(got - noise).max() > 0.5
+  np.testing.assert_allclose(got, want, atol=1e-3)
 
 
 @pytest.mark.parametrize("h", [0.5, np.inf])
