@@ -4,7 +4,6 @@ import json
 
 from etils import epath
 import jax
-import jax.numpy as jnp
 
 from piflow_jax import checkpoint
 from piflow_jax import errors
@@ -33,7 +32,5 @@ def load(workdir, sharding, field="--autoencoder"):
     net = autoencoder.Autoencoder(**settings | {"widths": tuple(settings["widths"])})
   except (KeyError, TypeError, ValueError) as e:
     raise errors.UserError(f"{field}: {path} is not of this program ({type(e).__name__}: {e}); convert it again") from e
-  size = 2 ** (len(net.widths) - 1)
-  shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, size, size, net.channels))))["params"]
-  placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+  placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), autoencoder.shapes(net))
   return net, checkpoint.load_weights(workdir, placed, "ema", field), scales

@@ -6,7 +6,6 @@ import pathlib
 
 from etils import epath
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tqdm
@@ -20,8 +19,6 @@ from piflow_jax.convert import dit
 from piflow_jax.convert import files
 from piflow_jax.convert import table
 from piflow_jax.models import autoencoder as autoencoder_lib
-
-_SETTINGS = "autoencoder.json"
 
 
 def from_torch(path, workdir, config=None, *, naming=None, dry_run=False):
@@ -87,7 +84,7 @@ def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32
   if out is not None:
     files.check_free(out)
   with checkpoint.open_weights(workdir, "ema" if ema else "params", "--workdir") as (shapes, read):
-    settings = epath.Path(workdir) / _SETTINGS
+    settings = epath.Path(workdir) / autoencoder_lib.FILE
     if settings.exists():
       known = json.loads(settings.read_text())
       entries = table.entries(autoencoder.rows(known["settings"], None), shapes, "diffusers' AutoencoderKL")
@@ -151,8 +148,7 @@ def _autoencoder_from_torch(source, workdir, dry_run):
     raise errors.UserError(f"--source: no config.json beside {source.where}; an autoencoder's settings are read from it")
   settings, scales = autoencoder_lib.settings_of(source.config)
   net = autoencoder_lib.Autoencoder(**settings)
-  size = 2 ** (len(settings["widths"]) - 1)
-  shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, size, size, settings["channels"]))))["params"]
+  shapes = autoencoder_lib.shapes(net)
   entries = table.entries(autoencoder.rows(settings, source.shapes),
                           {k: v.shape for k, v in params_lib.named_leaves(shapes).items()}, "diffusers' AutoencoderKL")
   table.check(entries, source.shapes, source.where, faults=source.faults)
@@ -166,7 +162,7 @@ def _autoencoder_from_torch(source, workdir, dry_run):
 def _fill_workdir(entries, shapes, source, workdir, dry_run, beside=None):
   if dry_run:
     return _print_mapping(entries, "<-")
-  settings = epath.Path(workdir) / _SETTINGS
+  settings = epath.Path(workdir) / autoencoder_lib.FILE
   settings.unlink(missing_ok=True)  # of an autoencoder whose import was killed: there are no weights to it
 
   def leaves():

@@ -190,6 +190,12 @@ class Autoencoder(nn.Module):
     return self.decode(self.encode(images)[0])
 
 
+def shapes(net):
+  """The tree of an Autoencoder's parameters."""
+  size = 2 ** (len(net.widths) - 1)
+  return jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, size, size, net.channels))))["params"]
+
+
 def settings_of(config):
   """(arguments of Autoencoder, arguments of `to_latents`) from diffusers' config.json. Raises errors.UserError."""
   levels = len(config.get("block_out_channels", (64,)))
