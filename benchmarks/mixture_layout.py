@@ -4,8 +4,9 @@
 
 From a DiT-XL's tokens: the output layers of a GM head and a rollout, of 128 substeps forward (a sampler's, a trajectory's) and
 of 10 with the gradient for layers and tokens (an averaging window's). Once in this project's layout ([B, C, K, P], P the
-positions), once as the formula is published ([B, H, W, K, C]). Nothing runs: the figures are those of the compiled program for
-one chip.
+positions), once as the formula is published ([B, H, W, K, C]), both by XLA's loop; and as a TPU gets it, by the kernel, whose
+own cycles the compiler does not state (`benchmarks/rollout_kernel.py` counts them). Nothing runs: the figures are those of the
+compiled program for one chip.
 """
 
 import functools
@@ -62,6 +63,7 @@ if __name__ == "__main__":
   chip, devices, where = compiled.devices_of("v5e-1", 1)
   mixture = BATCH * (GRID * PATCH) ** 2 * COMPONENTS * CHANNELS * 4
   print(f"{where}, {BATCH} samples; the means in float32 are {mixture / 2**20:.0f} MiB")
+  by_kernel = sharding.under(sharding.make_mesh(devices=devices), ours)
   for substeps, gradient in ((128, False), (10, True)):
-    for name, f in (("published", published), ("ours", ours)):
+    for name, f in (("published", published), ("ours", ours), ("ours, kernel", by_kernel))[:2 if gradient else 3]:
       report(name, f, substeps, gradient, chip, np.ravel(devices)[0])
