@@ -51,6 +51,7 @@ def test_recipes_train(recipe, tmp_path):
 @pytest.mark.parametrize("role, fields", [
     ("gm32,2", dict(imitation__data_free=True)),
     ("dx", dict(imitation__label="midpoint", imitation__window_substeps=4)),
+    ("dx", dict(policy__polynomial=True, policy__points=4, imitation__window_substeps=4)),
     ("parallel", dict(imitation__data_free=True, imitation__label="euler", policy__intervals=8,
                       parallel_decoding__min_block=4, parallel_decoding__max_block=8)),
     ("improved-meanflow", {}),
