@@ -10,6 +10,9 @@ from configs import gaussians
 from piflow_jax import build
 from piflow_jax import errors
 from piflow_jax import flow
+from piflow_jax import sharding
+from piflow_jax import teacher as teacher_lib
+from piflow_jax import train_loop
 from piflow_jax.policy import gmm
 from piflow_jax.policy import rollout
 from tests import golden
@@ -88,6 +91,52 @@ def test_a_meanflow_student_starts_as_one_euler_step_of_its_teacher():
   maps = [run.flow_map(params, teacher, COND, 1), build.teacher_flow_map(config, teacher, COND)]
   got, want = (m(NOISE, at(0.8), at(0.2), jax.random.key(0)) for m in maps)
   np.testing.assert_array_equal(got, want)
+
+
+def test_a_teacher_is_guided_by_every_field_of_it():
+  fields = dict(teacher__guidance_scale=3.0, teacher__guidance_interval=(0.2, 0.7), teacher__orthogonal=0.5)
+  config = tiny.config("student", **fields)
+  _, teacher = _trees(config, build.run(config))
+  t, plain = jnp.array([0.1, 0.5, 0.9]), build.teacher(tiny.config("student"))
+  u_cond, u_null = (plain(teacher, NOISE, t, cond) for cond in (COND, jnp.full(3, 10)))
+  want = teacher_lib.guided_velocity(u_cond, u_null, NOISE, t, scale=3.0, interval=(0.2, 0.7), orthogonal=0.5)
+  np.testing.assert_allclose(build.teacher(config)(teacher, NOISE, t, COND), want, atol=1e-5)
+  without = teacher_lib.guided_velocity(u_cond, u_null, NOISE, t, scale=3.0, interval=(0.2, 0.7))
+  assert float(jnp.abs(without - want).max()) > 1e-2
+
+
+@pytest.mark.slow
+def test_a_schedule_mixes_the_teacher_in():
+  """What a step says of the loss: while the schedule runs, states are the teacher's, and then as without one."""
+  def losses(**fields):
+    config = tiny.config("student", policy__dropout=0.0, **fields)
+    run = build.run(config)
+    params, teacher = _trees(config, run)
+    batch = {"x_0": jax.random.normal(jax.random.key(3), NOISE.shape), "cond": COND}
+    keys = jax.random.split(jax.random.key(4), 3)
+    at = jax.jit(lambda step: run.objective(params, teacher, batch, keys, step)[1]["loss"])
+    return [float(at(step)) for step in (0, 3, 6, 9)]
+
+  plain, mixed = losses(), losses(imitation__num_decay_steps=6)
+  assert len(set(plain)) == 1 and len(set(mixed)) == 3
+  np.testing.assert_allclose(mixed[2:], plain[2:], rtol=1e-3)  # averages by a rollout of one substep are velocities
+
+
+@pytest.mark.slow
+def test_stochasticity_is_the_samplings():
+  """h = 0 is the same for every key; h > 0 is not, and differs from it."""
+  def draw(h, seed):
+    config = tiny.config("student,2", flow__nfe=2, sampling__nfe=2, sampling__h=h)
+    run = build.run(config)
+    jitted = train_loop.compile_run(config, sharding.make_mesh(1, 1, devices=jax.devices()[:1]), run)
+    params, teacher = _trees(config, run)
+    return jitted["draw"](params, teacher, NOISE, COND, jax.random.key(seed))
+
+  plain = draw(0.0, 0)
+  np.testing.assert_array_equal(plain, draw(0.0, 1))
+  some = [draw(1.0, seed) for seed in (0, 1)]
+  for a, b in ((some[0], plain), (some[0], some[1])):
+    assert float(jnp.abs(a - b).max()) > 0.1
 
 
 def test_the_exact_teacher_is_the_datas():
