@@ -157,6 +157,10 @@ def test_dynamic_shift_counts_tokens(tokens, size):
   config = tiny.config("student", flow__dynamic_shift=True, data__shape=(size, size, 1))
   data = golden.load("sample_t", np.float64)
   np.testing.assert_allclose(build.shift(config), data[f"dyn{tokens}_shift"], rtol=1e-6)
+  # The authors count positions before they are patched, and have ends four times as far: the same line.
+  config.flow.update(base_tokens=4 * 256, max_tokens=4 * 4096)
+  config.network.patch = 1
+  np.testing.assert_allclose(build.shift(config), data[f"dyn{tokens}_shift"], rtol=1e-6)
   config.flow.base_log_shift = config.flow.max_log_shift = 0.7
   np.testing.assert_allclose(build.shift(config), np.exp(0.7))
   config.flow.dynamic_shift = False
@@ -186,7 +190,30 @@ def test_dynamic_shift_counts_tokens(tokens, size):
     ("meanflow", dict(meanflow__ratio=-1.0), "config.meanflow.ratio: -1.0"),
     ("parallel", dict(flow__final_scale=0.5), "config.flow.final_scale: 0.5; parallel decoding"),
     ("teacher", dict(sampling__solver="Euler2"), "config.sampling.solver: 'Euler2'"),
+    ("student", dict(sampling__solver="heun"), "config.sampling.solver: imitation takes no steps"),
     ("parallel", dict(policy__intervals=0), "config.policy.intervals: 0"),
+    ("parallel", dict(sampling__nfe=3), "config.sampling.nfe: 3; .* multiples of 32 of 128 .* choose of 1, 2, 4$"),
+    ("parallel", dict(sampling__nfe=8), "config.sampling.nfe: 8"),
+    ("parallel", dict(parallel_decoding__max_block=64), "config.sampling.nfe: 1; .* at most 64: .* choose of 2, 4$"),
+    ("parallel", dict(parallel_decoding__max_block=64, sampling__nfe=2, sampling__h=1.0), "config.sampling.h=1.0 choose of none"),
+    ("parallel", dict(imitation__num_decay_steps=5), "config.imitation.num_decay_steps: parallel_decoding mixes no"),
+    ("parallel", dict(imitation__window_substeps=5), "config.imitation.window_substeps: parallel_decoding has no window"),
+    ("meanflow", dict(imitation__window_substeps=5), "config.imitation.window_substeps: meanflow has no window"),
+    ("meanflow", dict(imitation__data_free=True), "config.imitation.data_free: meanflow walks no segments"),
+    ("teacher", dict(imitation__data_free=True), "config.imitation.data_free: flow_matching"),
+    ("meanflow", dict(imitation__label="midpoint"), "config.imitation.label: meanflow takes no mean"),
+    ("meanflow", dict(meanflow__guidance_scale=2.0), 'config.meanflow.guidance_scale: 2.0 is for target "data"'),
+    ("meanflow", dict(meanflow__logit_std=0.0), "config.meanflow.logit_std: 0.0 must be above 0"),
+    ("meanflow", dict(meanflow__norm_eps=0.0), "config.meanflow.norm_eps: 0.0"),
+    ("meanflow", dict(meanflow__label_dropout=1.5), "config.meanflow.label_dropout: 1.5"),
+    ("teacher", dict(flow_matching__label_dropout=-0.1), "config.flow_matching.label_dropout: -0.1"),
+    ("teacher", dict(flow_matching__logit_std=float("nan")), "config.flow_matching.logit_std: nan"),
+    ("student", dict(sampling__temperature=0.0), "config.sampling.temperature: 0.0 must be above 0"),
+    ("student", dict(sampling__temperature=float("nan")), "config.sampling.temperature: nan"),
+    ("student", dict(teacher__guidance_interval=(0.7, 0.2)), r"config.teacher.guidance_interval: \(0.7, 0.2\) must be two"),
+    ("student", dict(teacher__guidance_interval=(0.0, 1.5)), "config.teacher.guidance_interval"),
+    ("student", dict(teacher__guidance_interval=(0.5,)), "config.teacher.guidance_interval"),
+    ("student", dict(flow__max_tokens=256), "config.flow.max_tokens: 256 must be above config.flow.base_tokens=256"),
     ("student", dict(imitation__num_states=0), "config.imitation.num_states: 0"),
     ("student", dict(teacher__mixture=lambda *_: None, teacher__guidance_scale=2.0), "config.teacher.guidance_scale: 2.0"),
 ])
