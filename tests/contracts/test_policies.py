@@ -75,7 +75,7 @@ def test_goes_through_jit_scan_vmap_and_stop_gradient(head):
 @every_head
 def test_rolls_out_under_vmap(head):
   """Sample by sample it ends where the batch does, each in its own number of substeps."""
-  roll = lambda *args: rollout.rollout(*args, shift=3.2, total_substeps=16)
+  roll = lambda *args: rollout.rollout(*args, shift=3.2, total_substeps=32)
   one = lambda *args: roll(*(jax.tree.map(lambda leaf: leaf[None], arg) for arg in args))[0]
   args = _policy(head), X_SRC, TAU_SRC, jnp.array([0.0, 0.7, 0.2])
   np.testing.assert_allclose(jax.jit(jax.vmap(one))(*args), jax.jit(roll)(*args), rtol=2e-5, atol=2e-5)
