@@ -10,8 +10,13 @@ import pytest
 from configs import gaussians
 from piflow_jax import build
 from piflow_jax import errors as errors_lib
+from piflow_jax import flow
+from piflow_jax import sampler
 from piflow_jax import teacher as teacher_lib
 from piflow_jax.evaluation import analytic
+from piflow_jax.evaluation import metrics
+from piflow_jax.policy import dx
+from piflow_jax.policy import rollout
 
 
 @pytest.mark.slow
@@ -36,20 +41,34 @@ def test_end_points_come_nearer_with_size_and_training(tmp_path):
   assert (tmp_path / "analytic.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-def test_dx_students_end_where_as_many_euler_steps_do(tmp_path):
-  """Of the exact flow, whose one step ends 0.707 off and eight 0.143; trained a little, N = 8 is on its way there."""
-  def config_of(policy, n):
-    config = gaussians.get_config(f"{policy},{n}")
-    config.update(batch_size=64, log_every=100)
-    config.flow.total_substeps = 16
-    config.imitation.window_substeps = 16 // n
-    config.optimizer.learning_rate = 2e-3
-    return config
+def test_dx_policies_of_exact_estimates_are_nearer_with_more_points():
+  """N estimates of x_0 read off the exact flow at the grid's times, then rolled out without it halfway.
 
-  errors = analytic.sweep(config_of, tmp_path, sizes=[1, 8], stops=[50], policies=("dx",))["dx"]
-  # Measured 0.66 and 0.22.
-  assert 0.5 < errors[1][0] < 0.8 and errors[8][0] < 0.35
+  Not to the end: there u = (x - x0_hat) / t takes any x to the last estimate.
+  """
+  config = gaussians.get_config("dx,1")
+  params, cond = build.exact_teacher(config), jnp.zeros(256, jnp.int32)
+  velocity = lambda x, t: build.teacher(config)(params, x, t, cond)
+  exact_step = sampler.velocity_flow_map(velocity, method="Dopri5")
+
+  def walk(x, i):  # down to raw time 0, whose estimate is x itself
+    t, t_next = (jnp.full(256, 1 - j / 128) for j in (i, i + 1))
+    return exact_step(x, t, t_next, None), (x, x - flow.broadcast_to(t, x) * velocity(x, t))
+
+  noise = jax.random.normal(jax.random.key(0), (256, 1, 1, 2))
+  x_0, (states, estimates) = jax.jit(lambda x: jax.lax.scan(walk, x, jnp.arange(128.0)))(noise)
+  estimates = jnp.concatenate([estimates, x_0[None]])
+
+  @jax.jit
+  def halfway(x_0):
+    policy = dx.to_policy(noise[:, None] - jnp.moveaxis(x_0, 0, 1), noise, jnp.ones(256), segment=1.0)
+    return rollout.rollout(policy, noise, jnp.ones(256), jnp.full(256, 0.5), total_substeps=256)
+
+  # A grid's first point is the segment's end.
+  errors = [metrics.endpoint_error(*map(np.asarray, (halfway(estimates[::-128 // (n - 1)]), states[64], cond)))
+            for n in (2, 5, 17, 65)]
+  # Measured 0.141, 0.011, 0.0022, 0.0018: the last is what 128 substeps leave.
+  assert errors[0] > 0.1 and errors[1] < 0.02 and max(errors[2:]) < 0.004
 
 
 def test_exact_ends_of_one_gaussian_are_in_closed_form():
