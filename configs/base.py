@@ -54,7 +54,8 @@ def get_config():
   c.flow.nfe = 1  # network calls, i.e. segments, that the student is trained for
   c.flow.shift = 1.0  # of the noise schedule
   c.flow.dynamic_shift = False  # instead: the shift's logarithm is linear in the number of tokens
-  c.flow.base_log_shift, c.flow.max_log_shift = 0.5, 1.15  # at 256 and at 4096 tokens
+  c.flow.base_tokens, c.flow.max_tokens = 256, 4096  # (H / patch) (W / patch); the line goes on beyond both
+  c.flow.base_log_shift, c.flow.max_log_shift = 0.5, 1.15  # there
   c.flow.final_scale = 1.0  # length of the last segment as a share of the others
   c.flow.total_substeps = 128  # Euler substeps of the policy over all segments
 
@@ -116,7 +117,8 @@ def get_config():
 
   c.sampling = ConfigDict()  # the pictures drawn during training, and evaluation
   c.sampling.nfe = 1  # network calls: steps of a teacher, segments of a student
-  # Of a build.flow_matching run: or "midpoint", "heun", or a solver of diffrax, e.g. "Tsit5". Evaluation has Euler steps.
+  # Of a build.flow_matching run alone: or "midpoint", "heun", or a solver of diffrax, e.g. "Tsit5". Evaluation has Euler
+  # steps, so that its network calls are what it says.
   c.sampling.solver = "euler"
   c.sampling.temperature = 1.0  # GM: sharpens the policies of all calls but the last
   c.sampling.h = 0.0  # stochasticity: 0 deterministic, inf full re-noising

@@ -5,6 +5,7 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from piflow_jax import adam8
@@ -96,12 +97,27 @@ def parallel_decoding(config):
   if p.min_block < 1 or intervals % p.min_block or not p.min_block <= p.max_block <= intervals:
     raise errors.UserError(f"config.parallel_decoding: min_block={p.min_block} must divide config.policy.intervals="
                            f"{intervals}, and max_block={p.max_block} lie between the two")
+
+  def fits(nfe):
+    # Blocks of other lengths and from other places have output layers in them that no training has reached.
+    plan = sampler.step_plan(nfe=nfe, shift=shift(config), h=config.sampling.h)
+    starts, lengths = (1 - plan["tau"]) * intervals / p.min_block, (plan["tau"] - plan["tau_dst"]) * intervals
+    return np.abs(starts - np.round(starts)).max() < 1e-3 and lengths.max() < p.max_block + 1e-3
+
+  def check_calls(nfe):
+    if not fits(nfe):
+      good = [str(n) for n in range(1, intervals // p.min_block + 1) if fits(n)]
+      raise errors.UserError(
+          f"config.sampling.nfe: {nfe}; trained are blocks that start at multiples of {p.min_block} of {intervals} intervals "
+          f"and have at most {p.max_block}: at config.sampling.h={config.sampling.h} choose of {', '.join(good) or 'none'}")
+
+  check_calls(config.sampling.nfe)
   segment = parallel_lib.segment(student.policy, teacher(config), intervals=intervals, max_block=p.max_block,
                                  method=c.label, shift=shift(config), loss_scale=c.loss_scale)
   velocity = _apply(_network(config, _velocity_head(config)))
 
   def flow_map(params, teacher_params, cond, nfe):
-    del nfe
+    check_calls(nfe)
     tree = student.tree(params, teacher_params)
 
     def step(x, tau_src, tau_dst, key):
@@ -120,6 +136,9 @@ def meanflow(config):
   c = config.meanflow
   if c.target not in ("data", "teacher"):
     raise errors.UserError(f'config.meanflow.target: {c.target!r} is neither "data" nor "teacher"')
+  if c.target == "teacher" and c.guidance_scale != 1:
+    raise errors.UserError(f'config.meanflow.guidance_scale: {c.guidance_scale} is for target "data"; a teacher is guided by '
+                           "config.teacher.guidance_scale, set 1")
   if config.network.attention not in ("auto", "xla"):
     raise errors.UserError(f"config.network.attention: {config.network.attention} has no forward-mode derivative, which "
                            "MeanFlow takes; set xla")
@@ -182,8 +201,8 @@ def shift(config):
   if not config.flow.dynamic_shift:
     return config.flow.shift
   height, width, _ = config.data.shape
-  return flow_lib.dynamic_shift(height * width // config.network.patch**2, base_log_shift=config.flow.base_log_shift,
-                                max_log_shift=config.flow.max_log_shift)
+  ends = {k: config.flow[k] for k in ("base_tokens", "max_tokens", "base_log_shift", "max_log_shift")}
+  return flow_lib.dynamic_shift(height * width // config.network.patch**2, **ends)
 
 
 def sharding_rules(config):
@@ -315,12 +334,29 @@ def _check(config):
       ("imitation.num_decay_steps", lambda v: v >= 0, "at least 0"),
       ("imitation.window_substeps", lambda v: v >= 0, "at least 0"),
       ("policy.dropout", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-      ("meanflow.ratio", lambda v: 0 <= v <= 1, "between 0 and 1")):
+      ("flow.max_tokens", lambda v: v > config.flow.base_tokens, f"above config.flow.base_tokens={config.flow.base_tokens}"),
+      ("sampling.temperature", lambda v: 0 < v < float("inf"), "above 0 and finite"),
+      ("teacher.guidance_interval", lambda v: len(v) == 2 and 0 <= v[0] <= v[1] <= 1,
+       "two noise levels, 0 <= lower <= upper <= 1"),
+      ("meanflow.ratio", lambda v: 0 <= v <= 1, "between 0 and 1"),
+      ("meanflow.logit_std", lambda v: v > 0, "above 0"),
+      ("meanflow.norm_eps", lambda v: v > 0, "above 0"),
+      ("meanflow.label_dropout", lambda v: 0 <= v <= 1, "between 0 and 1"),
+      ("flow_matching.logit_std", lambda v: v > 0, "above 0"),
+      ("flow_matching.label_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")):
     part, field = name.split(".")
     if not good(config[part][field]):
       raise errors.UserError(f"config.{name}: {config[part][field]} must be {want}")
-  if config.sampling.temperature != 1 and config.method in (flow_matching, meanflow):
-    raise errors.UserError(f"config.sampling.temperature: {config.method.__name__} makes no policies to sharpen; set 1")
+  for name, unset, methods, why in (  # what a method does not read
+      ("sampling.temperature", 1, (flow_matching, meanflow), "makes no policies to sharpen"),
+      ("sampling.solver", "euler", (imitation, parallel_decoding, meanflow), "takes no steps of a teacher's solver"),
+      ("imitation.label", "euler", (flow_matching, meanflow), "takes no mean of a teacher's velocity"),
+      ("imitation.window_substeps", 0, (flow_matching, parallel_decoding, meanflow), "has no window of substeps"),
+      ("imitation.num_decay_steps", 0, (flow_matching, parallel_decoding, meanflow), "mixes no trajectories"),
+      ("imitation.data_free", False, (flow_matching, meanflow), "walks no segments from noise")):
+    part, field = name.split(".")
+    if config.method in methods and config[part][field] != unset:
+      raise errors.UserError(f"config.{name}: {config.method.__name__} {why}; set {unset}")
   if config.teacher.mixture and config.teacher.guidance_scale > 1:
     raise errors.UserError(
         f"config.teacher.guidance_scale: {config.teacher.guidance_scale} needs a network; an exact teacher has no guidance")

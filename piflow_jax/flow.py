@@ -25,10 +25,10 @@ def unwarp(t, shift):
   return t / (shift + (1 - shift) * t)
 
 
-def dynamic_shift(positions, *, base_positions=256, max_positions=4096, base_log_shift=0.5, max_log_shift=1.15):
-  """The shift of a latent of that many positions: log s is linear in their number (FLUX)."""
-  slope = (max_log_shift - base_log_shift) / (max_positions - base_positions)
-  return math.exp(base_log_shift + slope * (positions - base_positions))
+def dynamic_shift(tokens, *, base_tokens=256, max_tokens=4096, base_log_shift=0.5, max_log_shift=1.15):
+  """The shift for a latent that the network cuts into so many tokens: log s is linear in their number (FLUX)."""
+  slope = (max_log_shift - base_log_shift) / (max_tokens - base_tokens)
+  return math.exp(base_log_shift + slope * (tokens - base_tokens))
 
 
 def noise_data(x_0, noise, t):

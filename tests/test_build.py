@@ -10,6 +10,9 @@ from configs import gaussians
 from piflow_jax import build
 from piflow_jax import errors
 from piflow_jax import flow
+from piflow_jax import sharding
+from piflow_jax import teacher as teacher_lib
+from piflow_jax import train_loop
 from piflow_jax.policy import gmm
 from piflow_jax.policy import rollout
 from tests import golden
@@ -90,6 +93,52 @@ def test_a_meanflow_student_starts_as_one_euler_step_of_its_teacher():
   np.testing.assert_array_equal(got, want)
 
 
+def test_a_teacher_is_guided_by_every_field_of_it():
+  fields = dict(teacher__guidance_scale=3.0, teacher__guidance_interval=(0.2, 0.7), teacher__orthogonal=0.5)
+  config = tiny.config("student", **fields)
+  _, teacher = _trees(config, build.run(config))
+  t, plain = jnp.array([0.1, 0.5, 0.9]), build.teacher(tiny.config("student"))
+  u_cond, u_null = (plain(teacher, NOISE, t, cond) for cond in (COND, jnp.full(3, 10)))
+  want = teacher_lib.guided_velocity(u_cond, u_null, NOISE, t, scale=3.0, interval=(0.2, 0.7), orthogonal=0.5)
+  np.testing.assert_allclose(build.teacher(config)(teacher, NOISE, t, COND), want, atol=1e-5)
+  without = teacher_lib.guided_velocity(u_cond, u_null, NOISE, t, scale=3.0, interval=(0.2, 0.7))
+  assert float(jnp.abs(without - want).max()) > 1e-2
+
+
+@pytest.mark.slow
+def test_a_schedule_mixes_the_teacher_in():
+  """What a step says of the loss: while the schedule runs, states are the teacher's, and then as without one."""
+  def losses(**fields):
+    config = tiny.config("student", policy__dropout=0.0, **fields)
+    run = build.run(config)
+    params, teacher = _trees(config, run)
+    batch = {"x_0": jax.random.normal(jax.random.key(3), NOISE.shape), "cond": COND}
+    keys = jax.random.split(jax.random.key(4), 3)
+    at = jax.jit(lambda step: run.objective(params, teacher, batch, keys, step)[1]["loss"])
+    return [float(at(step)) for step in (0, 3, 6, 9)]
+
+  plain, mixed = losses(), losses(imitation__num_decay_steps=6)
+  assert len(set(plain)) == 1 and len(set(mixed)) == 3
+  np.testing.assert_allclose(mixed[2:], plain[2:], rtol=1e-3)  # averages by a rollout of one substep are velocities
+
+
+@pytest.mark.slow
+def test_stochasticity_is_the_samplings():
+  """h = 0 is the same for every key; h > 0 is not, and differs from it."""
+  def draw(h, seed):
+    config = tiny.config("student,2", flow__nfe=2, sampling__nfe=2, sampling__h=h)
+    run = build.run(config)
+    jitted = train_loop.compile_run(config, sharding.make_mesh(1, 1, devices=jax.devices()[:1]), run)
+    params, teacher = _trees(config, run)
+    return jitted["draw"](params, teacher, NOISE, COND, jax.random.key(seed))
+
+  plain = draw(0.0, 0)
+  np.testing.assert_array_equal(plain, draw(0.0, 1))
+  some = [draw(1.0, seed) for seed in (0, 1)]
+  for a, b in ((some[0], plain), (some[0], some[1])):
+    assert float(jnp.abs(a - b).max()) > 0.1
+
+
 def test_the_exact_teacher_is_the_datas():
   config = gaussians.get_config("gm,4")
   params, teacher = build.exact_teacher(config), build.teacher(config)
@@ -107,6 +156,10 @@ def test_the_exact_teacher_is_the_datas():
 def test_dynamic_shift_counts_tokens(tokens, size):
   config = tiny.config("student", flow__dynamic_shift=True, data__shape=(size, size, 1))
   data = golden.load("sample_t", np.float64)
+  np.testing.assert_allclose(build.shift(config), data[f"dyn{tokens}_shift"], rtol=1e-6)
+  # The authors count positions before they are patched, and have ends four times as far: the same line.
+  config.flow.update(base_tokens=4 * 256, max_tokens=4 * 4096)
+  config.network.patch = 1
   np.testing.assert_allclose(build.shift(config), data[f"dyn{tokens}_shift"], rtol=1e-6)
   config.flow.base_log_shift = config.flow.max_log_shift = 0.7
   np.testing.assert_allclose(build.shift(config), np.exp(0.7))
@@ -137,7 +190,31 @@ def test_dynamic_shift_counts_tokens(tokens, size):
     ("meanflow", dict(meanflow__ratio=-1.0), "config.meanflow.ratio: -1.0"),
     ("parallel", dict(flow__final_scale=0.5), "config.flow.final_scale: 0.5; parallel decoding"),
     ("teacher", dict(sampling__solver="Euler2"), "config.sampling.solver: 'Euler2'"),
+    ("student", dict(sampling__solver="heun"), "config.sampling.solver: imitation takes no steps"),
     ("parallel", dict(policy__intervals=0), "config.policy.intervals: 0"),
+    ("parallel", dict(sampling__nfe=3), "config.sampling.nfe: 3; .* multiples of 32 of 128 .* choose of 1, 2, 4$"),
+    ("parallel", dict(sampling__nfe=8), "config.sampling.nfe: 8"),
+    ("parallel", dict(parallel_decoding__max_block=64), "config.sampling.nfe: 1; .* at most 64: .* choose of 2, 4$"),
+    ("parallel", dict(parallel_decoding__max_block=64, sampling__nfe=2, sampling__h=1.0),
+     "config.sampling.h=1.0 choose of none"),
+    ("parallel", dict(imitation__num_decay_steps=5), "config.imitation.num_decay_steps: parallel_decoding mixes no"),
+    ("parallel", dict(imitation__window_substeps=5), "config.imitation.window_substeps: parallel_decoding has no window"),
+    ("meanflow", dict(imitation__window_substeps=5), "config.imitation.window_substeps: meanflow has no window"),
+    ("meanflow", dict(imitation__data_free=True), "config.imitation.data_free: meanflow walks no segments"),
+    ("teacher", dict(imitation__data_free=True), "config.imitation.data_free: flow_matching"),
+    ("meanflow", dict(imitation__label="midpoint"), "config.imitation.label: meanflow takes no mean"),
+    ("meanflow", dict(meanflow__guidance_scale=2.0), 'config.meanflow.guidance_scale: 2.0 is for target "data"'),
+    ("meanflow", dict(meanflow__logit_std=0.0), "config.meanflow.logit_std: 0.0 must be above 0"),
+    ("meanflow", dict(meanflow__norm_eps=0.0), "config.meanflow.norm_eps: 0.0"),
+    ("meanflow", dict(meanflow__label_dropout=1.5), "config.meanflow.label_dropout: 1.5"),
+    ("teacher", dict(flow_matching__label_dropout=-0.1), "config.flow_matching.label_dropout: -0.1"),
+    ("teacher", dict(flow_matching__logit_std=float("nan")), "config.flow_matching.logit_std: nan"),
+    ("student", dict(sampling__temperature=0.0), "config.sampling.temperature: 0.0 must be above 0"),
+    ("student", dict(sampling__temperature=float("nan")), "config.sampling.temperature: nan"),
+    ("student", dict(teacher__guidance_interval=(0.7, 0.2)), r"config.teacher.guidance_interval: \(0.7, 0.2\) must be two"),
+    ("student", dict(teacher__guidance_interval=(0.0, 1.5)), "config.teacher.guidance_interval"),
+    ("student", dict(teacher__guidance_interval=(0.5,)), "config.teacher.guidance_interval"),
+    ("student", dict(flow__max_tokens=256), "config.flow.max_tokens: 256 must be above config.flow.base_tokens=256"),
     ("student", dict(imitation__num_states=0), "config.imitation.num_states: 0"),
     ("student", dict(teacher__mixture=lambda *_: None, teacher__guidance_scale=2.0), "config.teacher.guidance_scale: 2.0"),
 ])

@@ -17,7 +17,8 @@ from tests import tiny
 SIZES = {"B": 130e6, "L": 458e6, "XL": 675e6}
 
 
-@pytest.mark.parametrize("argument", ["XL,repa-1nfe", "L,repa-2nfe", "B,fm-1nfe", "XL,teacher"])
+@pytest.mark.parametrize("argument", [
+    "XL,repa-1nfe", "L,repa-2nfe", "B,fm-1nfe", "XL,teacher", "B,dx-1nfe", "XL,pdd", "B,pdd-midpoint", "L,meanflow"])
 def test_full_size_configs_trace_and_shard(argument):
   config = imagenet_dit.get_config(argument)
   run, mesh = build.run(config), sharding.make_mesh(2, 4)
@@ -37,7 +38,8 @@ def test_full_size_configs_trace_and_shard(argument):
 def test_recipes_train(recipe, tmp_path):
   fields = dict(batch_size=8, steps=2, log_every=1, eval_every=0, image_every=0)
   shrink = {"policy.components": 4, "policy.logstd_width": 16, "data.shape": (8, 8, 4), "flow.total_substeps": 16,
-            "optimizer.warmup_steps": 1}
+            "optimizer.warmup_steps": 1, "policy.intervals": 8, "parallel_decoding.min_block": 1,
+            "parallel_decoding.max_block": 8}
   teacher, student = imagenet_dit.get_config("tiny,teacher"), imagenet_dit.get_config(f"tiny,{recipe}")
   for config in (teacher, student):
     config.update_from_flattened_dict(fields | shrink)
@@ -51,6 +53,7 @@ def test_recipes_train(recipe, tmp_path):
 @pytest.mark.parametrize("role, fields", [
     ("gm32,2", dict(imitation__data_free=True)),
     ("dx", dict(imitation__label="midpoint", imitation__window_substeps=4)),
+    ("dx", dict(policy__polynomial=True, policy__points=4, imitation__window_substeps=4)),
     ("parallel", dict(imitation__data_free=True, imitation__label="euler", policy__intervals=8,
                       parallel_decoding__min_block=4, parallel_decoding__max_block=8)),
     ("improved-meanflow", {}),

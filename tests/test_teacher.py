@@ -51,6 +51,19 @@ def test_network_teacher_is_two_passes_guided():
   np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+def test_network_teacher_takes_the_projection_out_of_guidance():
+  """By hand, g = 0.5: term = u_c - u_n, less half of its projection on x - t u_c."""
+  network = lambda params, x, t, cond: params * x + cond[:, None] * jnp.arange(1, 3.0)[None]
+  x, t, cond = jnp.arange(1, 7.0).reshape(3, 2), jnp.array([0.1, 0.5, 0.9]), jnp.array([1, 2, 3])
+  got = teacher.network_teacher(network, jnp.zeros_like, guidance_scale=3.0, orthogonal=0.5)(0.2, x, t, cond)
+  for i in range(3):
+    u_null = 0.2 * np.asarray(x[i])
+    term = int(cond[i]) * np.array([1.0, 2.0])
+    x_0 = np.asarray(x[i]) - float(t[i]) * (u_null + term)
+    term_left = term - 0.5 * (term @ x_0) / (x_0 @ x_0) * x_0
+    np.testing.assert_allclose(got[i], u_null + term + 2 * term_left, rtol=1e-5)
+
+
 def test_embedded_guidance_is_one_pass_with_the_scale_for_every_sample():
   seen = []
 

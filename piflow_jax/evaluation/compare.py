@@ -149,7 +149,8 @@ def compare(config_of, workdir, *, methods, calls, seeds):
       params = checkpoint.load_weights(str(job["folder"]), jitted["state"].ema, "ema", "--workdir")
       for nfe in job["calls"]:
         # One compilation for all seeds: weights are arguments.
-        draw = draws.setdefault((job["name"], nfe), b.draw(run_lib.student_flow_map_of(run, nfe), nfe))
+        draw = draws.setdefault((job["name"], nfe), b.draw(
+            run_lib.student_flow_map_of(run, nfe), nfe, job["config"].sampling.h, job["config"]))
         samples, seconds = draw_all(functools.partial(draw, (params, teacher_params)), noises[job["seed"]][0])
         add(job["name"], nfe, job["seed"], samples, seconds, job)
 

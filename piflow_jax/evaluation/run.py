@@ -78,7 +78,7 @@ class Bench(NamedTuple):
   predict: Callable  # images -> labels [n]
   labels: np.ndarray  # [samples] of what is drawn
   noises: Callable  # seed -> (noise, fresh noise), [samples, H, W, C] each
-  draw: Callable  # (flow_map_of, nfe, h) -> jitted (weights, noise, cond, batch's number) -> x_0
+  draw: Callable  # (flow_map_of, nfe, h, the model's own config) -> jitted (weights, noise, cond, batch's number) -> x_0
 
 
 def bench(config, mesh):
@@ -99,7 +99,7 @@ def bench(config, mesh):
     draw = lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), (c.samples, *config.data.shape))
     return tuple(np.asarray(draw(i)) for i in range(2))
 
-  def draw(flow_map_of, nfe, h=0.0):
+  def draw(flow_map_of, nfe, h=0.0, config=config):
     def sample(weights, noise, cond, batch):
       key = jax.random.fold_in(jax.random.key(c.seed), batch)  # of what h > 0 draws on the way
       return sampler.sample(flow_map_of(weights, cond), noise, key, nfe=nfe, h=h, shift=build.shift(config),

@@ -82,9 +82,10 @@ class DXHead(nn.Module):
     return policy
 
   def from_teacher(self, teacher_head, fresh, key):
-    """Every estimate starts as the teacher's own."""
+    """A grid's estimates start as the teacher's own; a polynomial's first does, and its other velocities are zero."""
     del key
-    return layers.copy_output_layer(teacher_head, fresh)
+    copies = layers.copy_output_layer(teacher_head, fresh)
+    return jax.tree.map(lambda w: w.at[..., 1:, :].set(0), copies) if self.polynomial else copies
 
   @nn.compact
   def __call__(self, tokens, embedding, grid):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from piflow_jax import flow
 from piflow_jax.policy import dx
 from piflow_jax.policy import gmm
 from piflow_jax.policy import parallel
@@ -12,9 +13,19 @@ from piflow_jax.policy import rollout
 
 SHAPE, GRID, WIDTH = (3, 4, 4, 2), (2, 2), 8
 LATENT = dict(channels=2, patch=2)
+
+
+class SharpHead(gmm.GMHead):
+  """Policies as they are sampled with a temperature."""
+
+  def to_policy(self, out, x_src, t_src, *, eps):
+    return self.sharpen(super().to_policy(out, x_src, t_src, eps=eps), 0.3)
+
+
 HEADS = {
     "gm": gmm.GMHead(components=4, logstd_width=8, dropout=0.5, **LATENT),
     "gm of one component": gmm.GMHead(components=1, logstd_width=8, **LATENT),
+    "gm with temperature": SharpHead(components=4, logstd_width=8, **LATENT),
     "dx grid": dx.DXHead(points=5, segment=0.5, shift=3.2, **LATENT),
     "dx of one point": dx.DXHead(points=1, segment=1.0, **LATENT),
     "dx polynomial": dx.DXHead(points=4, segment=1.0, polynomial=True, **LATENT),
@@ -62,11 +73,22 @@ def test_goes_through_jit_scan_vmap_and_stop_gradient(head):
 
 
 @every_head
+def test_rolls_out_under_vmap(head):
+  """Sample by sample it ends where the batch does, each in its own number of substeps."""
+  roll = lambda *args: rollout.rollout(*args, shift=3.2, total_substeps=32)
+  one = lambda *args: roll(*(jax.tree.map(lambda leaf: leaf[None], arg) for arg in args))[0]
+  args = _policy(head), X_SRC, TAU_SRC, jnp.array([0.0, 0.7, 0.2])
+  np.testing.assert_allclose(jax.jit(jax.vmap(one))(*args), jax.jit(roll)(*args), rtol=2e-5, atol=2e-5)
+
+
+@every_head
 @pytest.mark.parametrize("t", [1e-3, 1e-6, 0.0])
 def test_finite_towards_data(head, t):
-  policy, t = _policy(head, eps=1e-6), jnp.full(3, t)
-  u, gradient = jax.value_and_grad(lambda x: jnp.sum(policy.velocity(x, t) ** 2))(X_SRC)
-  assert np.isfinite(u) and np.isfinite(gradient).all()
+  output, t = _output(head), jnp.full(3, t)
+  policy = _policy(head, output, eps=1e-6)
+  square = lambda output, x: jnp.sum(_policy(head, output, eps=1e-6).velocity(x, t) ** 2)
+  u, gradients = jax.value_and_grad(square, argnums=(0, 1))(output, X_SRC)
+  assert np.isfinite(u) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
   end = rollout.rollout(policy, X_SRC, TAU_SRC, jnp.zeros(3), total_substeps=16)
   assert np.isfinite(end).all() and float(jnp.abs(end).max()) < 1e3
 
@@ -87,8 +109,10 @@ def test_every_output_of_the_head_is_learnt(head):
     assert np.isfinite(leaf).all()
     if isinstance(head, gmm.GMHead) and head.components == 1 and leaf.ndim == 3:
       continue  # one component has nothing to weigh
-    reached = np.abs(np.asarray(leaf[:1])) > 0  # the sample that starts from pure noise
-    assert reached.all(), f"{(~reached).sum()} of {reached.size} outputs get no gradient"
+    reached, asked = np.asarray(leaf) != 0, np.ones(leaf.shape, bool)
+    if isinstance(head, parallel.ParallelHead):  # what lies before a sample's start is not on its way
+      asked &= (np.arange(head.intervals) + 1 > head.intervals * (1 - np.asarray(TAU_SRC)[:, None]))[:, :, None, None, None]
+    np.testing.assert_array_equal(reached, asked)
 
 
 @every_head
@@ -109,7 +133,7 @@ def test_compiles_once(head):
 
 @every_head
 def test_starts_as_the_teacher(head):
-  """With the teacher's output layer in it, a policy's velocity where it was made is the teacher's."""
+  """With the teacher's output layer in it, a policy says its velocity where it was made, and what follows from it inside."""
   from piflow_jax.models import layers
 
   velocity = layers.VelocityHead(**LATENT)
@@ -122,6 +146,15 @@ def test_starts_as_the_teacher(head):
   # GM scatters its components by 0.05 a channel; float32 elsewhere.
   atol = 0.2 if isinstance(head, gmm.GMHead) else 1e-4
   np.testing.assert_allclose(policy.velocity(X_SRC, TAU_SRC), u, atol=atol)
+
+  # Inside: one velocity for all times (parallel decoding), or one x_0 for them, along which the velocity is the same.
+  wide, t = lambda time: flow.broadcast_to(time, X_SRC), 0.8 * TAU_SRC
+  x = X_SRC - wide(TAU_SRC - t) * u
+  if getattr(head, "polynomial", False):
+    # A velocity of zero is an estimate too, of x_src: its powers of the time since the start come on top.
+    since = wide(TAU_SRC - t)
+    u = u - (since + since**2 + since**3) * X_SRC / wide(t)
+  np.testing.assert_allclose(policy.velocity(x, t), u, atol=atol)
 
 
 @every_head

@@ -1,14 +1,19 @@
 """The training segment against the authors' vectors, in every setting of them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from piflow_jax import flow
+from piflow_jax import sampler
+from piflow_jax import teacher as teacher_lib
 from piflow_jax.distill import imitation
 from piflow_jax.distill import segments
 from piflow_jax.policy import gmm
+from piflow_jax.policy import rollout
 from tests import golden
 
 
@@ -107,6 +112,23 @@ def test_teacher_ratio_falls_to_zero():
   assert imitation.teacher_ratio_at(3, 0) == 0
 
 
+def test_the_schedule_hands_the_trajectory_from_the_teacher_to_the_policy():
+  """A teacher u = 5 and a policy that bets on x_0 = 0: who walked how far tells where a segment ends."""
+  def student(params, base, x, t, cond):
+    return gmm.GMPolicy(0 * x.reshape(4, 1, 1, 1) + params, jnp.zeros((4, 1, 1)), jnp.full(4, 1e-9), x.reshape(4, 1, 1), t)
+
+  segment_fn = imitation.segment(student, lambda params, x, t, cond: 5 + 0 * x, lambda policy, keys: policy,
+                                 num_states=3, total_substeps=16, shift=2.0, num_decay_steps=4)
+  x, keys, of_each = jnp.arange(1, 5.0).reshape(4, 1, 1, 1), jax.random.split(jax.random.key(0), 4), lambda v: jnp.full(4, v)
+  end = jax.jit(lambda step: segment_fn(jnp.zeros(()), None, x, of_each(1.0), of_each(0.5), None, keys, step)[1])
+  t_dst = flow.warp(0.5, 2.0)
+  by_teacher, by_policy = x - 5 * (1 - t_dst), x * t_dst
+  np.testing.assert_allclose(end(0), by_teacher, rtol=1e-5)
+  for step in (4, 9):
+    np.testing.assert_allclose(end(step), by_policy, rtol=1e-5)
+  assert ((by_teacher + 0.1 < end(2)) & (end(2) < by_policy - 0.1)).all()
+
+
 def _objective(teacher, make):
   def student(params, base, x, t, cond):
     del base, cond
@@ -172,3 +194,32 @@ def test_a_perfect_student_has_no_loss(window):
   bound = 1e-9 if not window else 2e-3
   assert float(jax.jit(loss)(jnp.zeros(()))) < bound
   assert float(jax.jit(loss)(jnp.full((), 0.3))) > 5 * bound
+
+
+@pytest.mark.parametrize("final_scale", [1.0, 0.5])
+def test_a_student_that_is_the_exact_posterior_is_elastic_in_nfe(x64, final_scale):
+  """Its policies follow the exact flow from wherever they are made, so that calls only split the same substeps."""
+  mixture = teacher_lib.GaussianMixture(
+      jnp.array([[-1.5, 0.4], [0.3, 1.2], [1.0, -1.0]])[:, None, None], 0.3, jnp.log(jnp.array([0.2, 0.5, 0.3])))
+
+  def student(x, t):  # of x_0 given x: one Gaussian for each of the data's, all as wide
+    s = t[:, None, None]
+    total = (1 - s) ** 2 * mixture.std**2 + s**2
+    means = jnp.swapaxes(mixture.means[:, 0, 0], 0, 1)[None]  # [1, C, K]
+    away = x[:, 0, 0, :, None] - (1 - s) * means
+    logweights = jax.nn.log_softmax(mixture.logweights[None] - jnp.sum(away**2, 1) / (2 * total[:, :, 0]), axis=1)
+    means = means + (1 - s) * mixture.std**2 / total * away
+    return gmm.GMPolicy(means[..., None], logweights[..., None], mixture.std**2 * t**2 / total[:, 0, 0],
+                        gmm.to_positions(x), t, 1e-4)
+
+  noise = jax.random.normal(jax.random.key(0), (64, 1, 1, 2))
+  ends = lambda flow_map, nfe, **more: jax.jit(
+      lambda x: sampler.sample(flow_map, x, jax.random.key(0), nfe=nfe, shift=2.0, **more))(noise)
+  exact = ends(sampler.velocity_flow_map(
+      lambda x, t: teacher_lib.gaussian_mixture_teacher(mixture, x, t), shift=2.0, method="Dopri5"), 256)
+  roll = functools.partial(rollout.rollout, shift=2.0, total_substeps=112)  # a multiple of all steps below, halved or not
+  flow_map = sampler.policy_flow_map(student, roll, shift=2.0)
+  error = lambda nfe: float(jnp.abs(ends(flow_map, nfe, final_scale=final_scale) - exact).mean())
+  errors = [error(nfe) for nfe in (1, 2, 4, 7)]
+  np.testing.assert_allclose(errors, errors[0], rtol=0.1)
+  assert errors[0] < 0.03

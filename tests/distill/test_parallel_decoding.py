@@ -67,3 +67,24 @@ def test_every_interval_is_trained_within_its_block():
   assert reached(min_block=4, max_block=8).all()
   assert reached(min_block=8, max_block=8).all()
   np.testing.assert_array_equal(reached(min_block=4, max_block=1), [True, False, False, False] * 2)
+
+
+@pytest.mark.parametrize("method, states", [("euler", 2), ("midpoint", 1)])
+def test_the_loss_is_the_mean_over_two_intervals_by_euler_and_one_by_midpoint(method, states):
+  """Against the sum by hand of one block of all intervals, and as many calls of the teacher either way."""
+  calls = []
+
+  def teacher(params, x, t, cond):
+    calls.append(t)
+    return flow.broadcast_to(t**2, x) + 0 * x
+
+  u = jax.random.normal(jax.random.key(1), (G,))
+  student = lambda params, base, x, t, cond: parallel.ParallelPolicy(
+      jnp.broadcast_to(params[None, :, None, None, None], (len(x), G, *x.shape[1:])), SHIFT)
+  segment_fn = parallel_decoding.segment(
+      student, teacher, intervals=G, max_block=G, method=method, shift=SHIFT, loss_scale=3.0)
+  loss, _ = segment_fn(u, None, jnp.zeros((256, 1, 1, 2)), jnp.ones(256), jnp.ones(256), None, KEYS, 0)
+  assert len(calls) == 2
+  k = np.floor(np.asarray(segments.draw_uniform(KEYS, states)) * G).astype(int)  # [256, states]
+  at = np.asarray(EDGES)[k] if method == "euler" else (np.asarray(EDGES)[k] + np.asarray(EDGES)[k + 1]) / 2
+  np.testing.assert_allclose(loss, 0.5 * 3.0 * np.mean((np.asarray(u)[k] - at**2) ** 2), rtol=1e-5)

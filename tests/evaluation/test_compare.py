@@ -7,6 +7,7 @@ import pytest
 
 from piflow_jax import errors
 from piflow_jax.evaluation import compare
+from piflow_jax.evaluation import run as run_lib
 from tests import tiny
 
 # Times are left out, which differ from run to run.
@@ -14,13 +15,25 @@ FIGURES = list(compare.METRICS)
 
 
 @pytest.mark.slow
-def test_a_small_comparison(tmp_path, tiny_teacher, capsys):
+def test_a_small_comparison(tmp_path, tiny_teacher, capsys, monkeypatch):
   def config_of(role, nfe):
+    own = dict(sampling__h=0.5) if role == "parallel" else dict(flow__final_scale=0.5)
     return tiny.config(f"{role},{nfe}", teacher__checkpoint=str(tiny_teacher), policy__intervals=8,
-                       parallel_decoding__min_block=4, parallel_decoding__max_block=8, steps=2, checkpoint_every=2)
+                       parallel_decoding__min_block=4, parallel_decoding__max_block=8, steps=2, checkpoint_every=2, **own)
+
+  asked, bench = [], run_lib.bench
+
+  def recording(config, mesh):
+    b = bench(config, mesh)
+    return b._replace(draw=lambda *args: asked.append(args[1:]) or b.draw(*args))
+
+  monkeypatch.setattr(run_lib, "bench", recording)
 
   run = lambda: compare.compare(config_of, tmp_path / "compare", methods=["student", "parallel"], calls=[1, 2], seeds=2)
   path = run()
+  # Each method is drawn as its own config says, whatever the first one's.
+  of_students = [(nfe, h, config.flow.final_scale) for nfe, h, config in (args for args in asked if len(args) == 3)]
+  assert sorted(set(of_students)) == [(1, 0.0, 0.5), (1, 0.5, 1.0), (2, 0.0, 0.5), (2, 0.5, 1.0)]
   trained = sorted(str(p.parent.relative_to(tmp_path / "compare")) for p in tmp_path.glob("compare/**/config.json"))
   assert trained == ["parallel/seed0", "parallel/seed1", "student-1/seed0", "student-1/seed1", "student-2/seed0",
                      "student-2/seed1"]

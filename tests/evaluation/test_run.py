@@ -2,9 +2,13 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from piflow_jax import errors
+from piflow_jax import sampler
+from piflow_jax import sharding
 from piflow_jax import train_loop
 from piflow_jax.evaluation import run
 from tests import tiny
@@ -28,6 +32,20 @@ def test_report_of_a_tiny_student(tmp_path, tiny_teacher):
   again = json.loads((run.evaluate(config, tmp_path / "student").parent / "report.json").read_text())
   strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds_per_1000"} for row in rows]
   assert strip(again["rows"]) == strip(report["rows"])  # one seed, one set of figures
+
+
+def test_a_model_is_drawn_by_its_own_schedule():
+  """A flow map whose end tells the times that it was asked for, against the sampler itself."""
+  config = tiny.config("student,2", evaluation__features=lambda images, labels: (None, None))
+  own = tiny.config("student,2", flow__final_scale=0.5, flow__shift=3.0)
+  flow_map = lambda x, tau_src, tau_dst, key: x * (1 + tau_src + 2 * tau_dst)[:, None, None, None]
+  b = run.bench(config, sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
+  noise, _ = b.noises(0)
+  drawn = lambda *more: b.draw(lambda weights, cond: flow_map, 2, *more)(None, noise, b.labels, 0)
+  want = lambda **more: sampler.sample(flow_map, noise, jax.random.fold_in(jax.random.key(0), 0), nfe=2, **more)
+  np.testing.assert_allclose(drawn(0.5, own), want(h=0.5, shift=3.0, final_scale=0.5), rtol=1e-5)
+  np.testing.assert_allclose(drawn(), want(), rtol=1e-5)
+  assert not np.allclose(want(h=0.5, shift=3.0, final_scale=0.5), want(h=0.5), rtol=0.01)
 
 
 def test_a_run_without_teacher_or_features_is_told_so(tmp_path):

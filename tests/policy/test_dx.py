@@ -58,3 +58,15 @@ def test_a_grid_says_its_points_and_lines_between():
   for tau, x_0 in ((1.0, 30.0), (0.75, 25.0), (0.5, 20.0), (0.1, 12.0)):
     velocity = policy.velocity(x_src, jnp.array([tau]))
     np.testing.assert_allclose(4.0 - tau * velocity[0, 0, 0, 0], x_0, rtol=1e-6)
+
+
+def test_a_polynomial_starts_as_the_teacher_and_zeros():
+  """Against the expanded layer of the authors' Qwen student, whose rows are (order, channel, patch position)."""
+  data = golden.load("dxqwen")
+  rows = {"kernel": data["poly/expanded/proj_out.weight"].T.reshape(32, 3, 4, 4),
+          "bias": data["poly/expanded/proj_out.bias"].reshape(3, 4, 4)}
+  want = {"out": jax.tree.map(lambda w: jnp.moveaxis(jnp.asarray(w), -1, -3), rows)}  # (patch position, order, channel)
+  teacher = jax.tree.map(lambda w: w[..., 0, :], want)
+  fresh = jax.tree.map(jnp.ones_like, want)
+  head = dx.DXHead(points=3, channels=4, patch=2, segment=1.0, polynomial=True)
+  jax.tree.map(np.testing.assert_array_equal, head.from_teacher(teacher, fresh, None), want)
