@@ -165,6 +165,9 @@ def test_one_step_on_eight_devices_is_that_of_one():
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:math.prod(sizes)])
     jitted = train_loop.compile_run(config, mesh, build.run(config))
     state = jitted["init"](jax.random.key(1), None)
+    # A fresh DiT's blocks are shut, and have no gradients.
+    opened = lambda x: jax.device_put(x + 0.1 * np.random.default_rng(x.size).standard_normal(x.shape, np.float32), x.sharding)
+    state = state.replace(params=jax.tree.map(opened, state.params))
     batch = next(loader.batches(digits_data.source("train"), batch_size=config.batch_size, seed=0))
     found[sizes] = jitted["step"](state, None, sharding.place_batch(batch, mesh), jax.random.key(0))[0]
   assert len(found[1, 4, 2].opt_state[1][0].mu_scale["blocks"]["mlp"]["out"]["kernel"].sharding.device_set) == 8
@@ -173,9 +176,9 @@ def test_one_step_on_eight_devices_is_that_of_one():
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(eight), jax.tree.leaves(one), strict=True):
     if a.dtype in (np.int8, np.uint8):
       # Sums run in another order: a value next to where its draw falls is rounded the other way.
-      codes += a.size
+      codes += np.count_nonzero(a)
       off = np.abs(a.astype(int) - b)
       assert off.max() <= 1 and (off > 0).mean() < 1e-3, path
     else:
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max() + 1e-12, err_msg=str(path))
-  assert codes > 2 * 20_000
+  assert codes > 2 * 30_000
