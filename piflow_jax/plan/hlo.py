@@ -103,10 +103,15 @@ def buffers(type_):
 def cycles(found):
   """The compiler's own estimate of a program's cycles, loops counted as `runs` (its argument) has them.
 
-  Pallas kernels and collectives have none.
+  Pallas kernels (see `kernels`) and collectives have none.
   """
   return sum(times * int(n) for i, times, fused in found if not fused
              for n in re.findall(r'"estimated_cycles":"(\d{1,15})"', i.rest)[:1])  # more digits are its way to say: unknown
+
+
+def kernels(found):
+  """How many calls of Pallas kernels run."""
+  return sum(times for i, times, _ in found if 'custom_call_target="tpu_custom_call"' in i.rest)
 
 
 # A TPU's reduce-scatter: a computation, named so, of an all-reduce and of the part that is kept; nobody is sent the rest.

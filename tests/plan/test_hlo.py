@@ -48,6 +48,7 @@ HloModule jit_step, is_scheduled=true
   %fusion.2 = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kLoop, calls=%fused_again, backend_config={"estimated_cycles":"10"}
   %wide = f32[512,16,2,4]{3,2,1,0:T(8,128)} copy(%y), backend_config={"estimated_cycles":"1"}
   %near = f32[512,16,2,4]{3,2,1,0:T(8,128)S(1)} copy(%y)
+  %splash.1 = bf16[16,128]{1,0:T(8,128)(2,1)} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":""}}
   %good = f32[512,16,2,4]{0,1,2,3:T(8,128)} copy(%y)
 }
 
@@ -66,7 +67,7 @@ ENTRY %main (p: f32[]) -> f32[] {
 
 def test_loops_count_by_their_length_and_collectives_once_a_channel():
   runs = hlo.runs(_TEXT)
-  assert hlo.cycles(runs) == 28 * 111 + 5
+  assert hlo.cycles(runs) == 28 * 111 + 5 and hlo.kernels(runs) == 28
   assert hlo.collectives(runs) == {
       "reduce-scatter": (1, 1024 * 6144 * 2 * 3 / 4),  # in the text it is an all-reduce, of which a part is kept
       "all-gather": (28, 28 * 16 * 128 * 2 / 2), "all-reduce": (3, 2 * 128 * 4 * (3 / 4 + 7 / 8 + 3 / 4)), "collective-permute": (1, 256.0)}
