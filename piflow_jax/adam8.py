@@ -7,33 +7,34 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# One scale for up to 256 parameters: small enough to be everywhere. The codes lie where their parameters do.
-SHARDING = ((r"(mu|nu)_scale/.*", ()),)
+# Scales lie where their parameter does, as codes do, along the axes that have enough blocks for it.
+SHARDING = ((r"(mu|nu)_scale/.*", None),)
 LEAST = 1024  # entries; a smaller array keeps its moments in float32 (the paper: 4096, too many where arrays are small)
+LEAST_BLOCK = 64  # entries, for two scales of four bytes; an array that no axis cuts into such blocks stays float32 too
 
 
 class Adam8State(NamedTuple):
-  """Moments by parameter; scales are the largest entry of each block; small arrays have none."""
+  """Moments by parameter; scales are the largest entry of each block; arrays in float32 have none."""
 
   count: jax.Array  # [] int32
   mu: Any  # int8, shaped like the parameter
   nu: Any  # uint8
-  mu_scale: Any  # float32 [..., blocks], [] where there is none
+  mu_scale: Any  # float32, shaped like the parameter but for one axis, which counts blocks; [] where there is none
   nu_scale: Any
 
 
 def adamw8(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, block=256):
-  """optax.adamw with 8-bit moments: about 2.03 bytes a parameter instead of 8.
+  """optax.adamw with 8-bit moments: about 2.06 bytes a parameter instead of 8.
 
   A moment m is stored as 127 cbrt(m / max |m|), a whole number, with the maximum over a block, and v likewise as sqrt(v), in
   255 levels: relative steps are alike over six decades. (The paper has a table of 256 values; powers are elementwise, which
   TPUs are better at.) Rounded up or down by chance, so that m and v are right on average: rounded to the nearest level, a v
-  that falls by less than half of one a step, as it does with b2 = 0.999, would never fall. The draws are of (count, leaf). A
-  v above 0 stays above 0, so that no quotient m / sqrt(v) explodes.
+  that falls by less than half of one a step, as it does with b2 = 0.999, would never fall. The draws are of (count, leaf),
+  whatever the run's seed: runs of several seeds share them. A v above 0 stays above 0, so that no quotient m / sqrt(v) explodes.
 
   Args:
     learning_rate, b1, b2, eps, weight_decay: as of optax.adamw.
-    block: entries that share a scale, at most; they lie along the last axis, or the last ones where it is short.
+    block: entries that share a scale, at most; they lie along one axis, see `blocks`.
   """
   return optax.chain(
       scale_by_adam8(b1, b2, eps, block), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate))
@@ -56,7 +57,7 @@ def scale_by_adam8(b1, b2, eps, block):
       m = b1 * decode(mu, mu_scale) + (1 - b1) * g
       v = b2 * decode(nu, nu_scale) ** 2 + (1 - b2) * g * g
       u = (m / (1 - b1**count)) / (jnp.sqrt(v / (1 - b2**count)) + eps)
-      if g.size < LEAST:
+      if mu.dtype == jnp.float32:
         return u, m, jnp.sqrt(v), mu_scale, nu_scale
       bits = jax.random.bits(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), count), i), g.shape)
       mu, mu_scale = encode(m, jnp.int8, block, (bits >> 16) / 2**16)
@@ -72,14 +73,13 @@ def scale_by_adam8(b1, b2, eps, block):
 
 
 def encode(x, kind, block, uniform):
-  """(codes shaped like x, scales [..., blocks]) of values x, rounded by uniform draws in [0, 1).
+  """(codes shaped like x, scales) of values x, rounded by uniform draws in [0, 1).
 
   Kind int8: on average decode gives x. Kind uint8, for values >= 0: on average decode^2 gives x^2, but for the lowest level.
   """
-  lead, size = _blocks(x.shape, block)
-  x_blocks = x.reshape(*lead, -1, size)
-  scale = jnp.max(jnp.abs(x_blocks), axis=-1)
-  root = jnp.cbrt(x_blocks / jnp.where(scale > 0, scale, 1)[..., None]).reshape(x.shape) * jnp.iinfo(kind).max
+  axis, entries = blocks(x.shape, block)
+  scale = jnp.max(jnp.abs(x).reshape(*x.shape[:axis], -1, entries, *x.shape[axis + 1:]), axis=axis + 1)
+  root = jnp.cbrt(x / jnp.repeat(jnp.where(scale > 0, scale, 1), entries, axis)) * jnp.iinfo(kind).max
   size, power = jnp.abs(root), 3 if kind == jnp.int8 else 6
   low = jnp.floor(size)
   up = uniform < (size**power - low**power) / ((low + 1)**power - low**power)
@@ -92,20 +92,34 @@ def decode(codes, scale):
   """The float32 values of `encode`'s; codes that are float32 are values themselves."""
   if codes.dtype == jnp.float32:
     return codes
-  blocks = codes.reshape(*scale.shape, -1).astype(jnp.float32) / jnp.iinfo(codes.dtype).max
-  return (blocks**3 * scale[..., None]).reshape(codes.shape)
+  axis, = (i for i, (n, blocks) in enumerate(zip(codes.shape, scale.shape)) if n != blocks)
+  root = codes.astype(jnp.float32) / jnp.iinfo(codes.dtype).max
+  return root**3 * jnp.repeat(scale, codes.shape[axis] // scale.shape[axis], axis)
+
+
+def blocks(shape, block):
+  """(axis that is cut into blocks, entries in one) for an array of a shape, or None where 8 bits are not worth it.
+
+  A mesh cuts arrays too, and a block that lies on two devices costs sending. So that its cuts fall elsewhere, or between
+  blocks, the axis is the one that leaves another that divides best (cut along the heads' 72, the width's 1152 stays
+  whole); of its blocks it takes those whose number divides best, then the longest. A small array takes the longest.
+  """
+  parts = 128 if math.prod(shape) >= 2**20 else 1
+  divides = lambda n, most: math.gcd(n, min(most, parts))  # into so many parts, where these are a power of two
+  found = []
+  for axis, n in enumerate(shape):
+    others = max((divides(m, 128) for m in shape[:axis] + shape[axis + 1:]), default=1)
+    found += [(others, divides(n // entries, 16), entries, axis) for entries in range(LEAST_BLOCK, min(block, n) + 1)
+              if n % entries == 0]
+  if not found or math.prod(shape) < LEAST:
+    return None
+  *_, entries, axis = max(found)
+  return axis, entries
 
 
 def _zeros(p, kind, block):
-  if p.size < LEAST:
+  found = blocks(p.shape, block)
+  if found is None:
     return jnp.zeros(p.shape, jnp.float32), jnp.zeros(())
-  lead, size = _blocks(p.shape, block)
-  return jnp.zeros(p.shape, kind), jnp.zeros((*lead, p.size // math.prod(lead) // size), jnp.float32)
-
-
-def _blocks(shape, block):
-  """(leading axes, entries in a block): trailing axes are joined until they hold a quarter block; then cut evenly."""
-  axes, tail = len(shape), 1
-  while axes and tail < block // 4:
-    axes, tail = axes - 1, tail * shape[axes - 1]
-  return shape[:axes], max(n for n in range(1, min(block, tail) + 1) if tail % n == 0)
+  axis, entries = found
+  return jnp.zeros(p.shape, kind), jnp.zeros((*p.shape[:axis], p.shape[axis] // entries, *p.shape[axis + 1:]), jnp.float32)

@@ -94,7 +94,8 @@ def shardings(tree, rules, mesh, *, spread=()):
 
   Args:
     tree: of shapes.
-    rules: (pattern, axes of the mesh for the leaf's).
+    rules: (pattern, axes of the mesh for the leaf's); None in place of axes hands on to the next rule that names the leaf,
+      to be followed along those axes that divide.
     mesh: see `make_mesh`.
     spread: axes of the mesh over which a leaf is split too, along the first of its axes that they divide: ("data",) is
       ZeRO (arXiv 1910.02054) for what no forward pass reads. A leaf with no such axis stays whole, which for many parts
@@ -105,9 +106,13 @@ def shardings(tree, rules, mesh, *, spread=()):
   def place(name, leaf):
     if leaf.ndim == 0:
       return NamedSharding(mesh, P())
+    fit = _dividing
     for pattern, spec in rules:
       if re.search(f"(^|/)({pattern})$", name):
-        return NamedSharding(mesh, P(*_spread(leaf.shape, _dividing(name, leaf.shape, spec, mesh), spread, mesh)))
+        if spec is None:
+          fit = _where_dividing
+          continue
+        return NamedSharding(mesh, P(*_spread(leaf.shape, fit(name, leaf.shape, spec, mesh), spread, mesh)))
     raise ValueError(f"no sharding rule names {name} {leaf.shape}")
 
   return params_lib.map_with_path(place, tree)
@@ -119,6 +124,11 @@ def _dividing(name, shape, spec, mesh):
       raise errors.UserError(
           f"config.mesh.{axis}: {mesh.shape[axis]} does not divide {size}, an axis of {name}; choose one that does")
   return spec
+
+
+def _where_dividing(name, shape, spec, mesh):
+  del name
+  return tuple(axis if axis and size % mesh.shape[axis] == 0 else None for size, axis in zip(shape, spec))
 
 
 def _spread(shape, spec, axes, mesh):

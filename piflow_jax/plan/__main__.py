@@ -5,8 +5,8 @@
 
 A slice is a generation (v5e, v5p, v6e) and its shape, or its size; --slices=2 joins two of them. Several make one
 table. Memory is what XLA's compiler for TPUs says; FLOPs are counted in the traced step; the time of a step is the
-largest of: FLOPs at the chip's peak, the compiler's own estimate of its cycles, bytes sent over the links. It is a bound
-of what to hope for, not a measurement. Needs libtpu (make plan brings it), some minutes and 3 GB.
+largest of: FLOPs at the chip's peak, the compiler's own estimate of its cycles (it has none for Pallas kernels, whose calls
+are counted beside it), bytes sent over the links. It is a bound of what to hope for, not a measurement. Needs libtpu (make plan brings it), some minutes and 3 GB.
 Exit status: 0 everything fits; 1 something does not; 2 bad input.
 """
 
@@ -75,6 +75,7 @@ def table(plans):
   for kind, what in (("peak", "at peak FLOPs"), ("compiler", "by the compiler's cycles"), ("links", "over the links"),
                      ("network", "between slices"), ("step", "a step, at best")):
     rows.append((f"seconds {what}", [f"{p['seconds'][kind]:.3g}" if "seconds" in p else "" for p in plans]))
+  rows.append(("Pallas calls, not in the cycles", [f"{p['kernels']:,}" if p.get("kernels") else "" for p in plans]))
   rows.append(("MFU at that", [f"{p['mfu']:.0%}" if "mfu" in p else "" for p in plans]))
   rows.append(("padded arrays (> 2 times)", [_padded(p) for p in plans]))
   rows.append(("hours of the recipe", [f"{p['hours']:.3g}" if "hours" in p else "" for p in plans]))

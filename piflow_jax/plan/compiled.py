@@ -51,7 +51,8 @@ def plan(config, topology, *, slices=1, sampler=False):
   """
   chip, devices, name = devices_of(topology, slices)
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  train_loop.check_batch(config, mesh)
+  if not sampler:
+    train_loop.check_batch(config, mesh)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # whose devices, not this machine's, decide what can run
     run = build.run(config)
     jitted = train_loop.compile_run(config, mesh, run)
@@ -115,7 +116,7 @@ def _times(compiled, chip, found, steps):
   waste = sorted(hlo.padded(runs), key=lambda b: b.bytes - b.padded)
   recipe = dict(hours=steps * step / 3600, chip_hours=steps * step / 3600 * found["chips"]) if steps else {}
   return dict(seconds=seconds | {"step": step}, mfu=found["model_flops"] / (found["chips"] * chip.flops * step),
-              collectives={kind: dict(count=count, bytes=size) for kind, (count, size) in sent.items()},
+              kernels=hlo.kernels(runs), collectives={kind: dict(count=count, bytes=size) for kind, (count, size) in sent.items()},
               padded=[dict(array=b.text, bytes=b.bytes, padded=b.padded) for b in waste], **recipe)
 
 

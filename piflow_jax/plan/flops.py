@@ -5,9 +5,15 @@ import math
 
 import jax
 
+from piflow_jax import errors
+
 
 def count(f, *args):
-  """FLOPs of f(*args), whose arguments may be shapes. Loops count by their length; of branches the dearest."""
+  """FLOPs of f(*args), whose arguments may be shapes. Loops count by their length; of branches the dearest.
+
+  Raises:
+    errors.UserError: matrix products in a loop that ends by a condition, as an adaptive solver's does.
+  """
   return _of(jax.make_jaxpr(f)(*args).jaxpr)
 
 
@@ -25,5 +31,10 @@ def _equation(e):
     return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(kernel) // outputs
   if e.primitive.name == "cond":
     return max(_of(branch.jaxpr) for branch in e.params["branches"])
-  inner = [getattr(p, "jaxpr", p) for name, p in e.params.items() if name in ("jaxpr", "call_jaxpr", "body_jaxpr")]
+  if e.primitive.name == "while":
+    if _of(e.params["cond_jaxpr"].jaxpr) + _of(e.params["body_jaxpr"].jaxpr):
+      raise errors.UserError("config: a loop over matrix products ends by a condition, so that nobody can count them before it "
+                             "runs; choose what has a fixed number of steps, e.g. config.sampling.solver=euler")
+    return 0
+  inner = [getattr(p, "jaxpr", p) for name, p in e.params.items() if name in ("jaxpr", "call_jaxpr")]
   return e.params.get("length", 1) * sum(_of(jaxpr) for jaxpr in inner)

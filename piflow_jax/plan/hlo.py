@@ -51,6 +51,8 @@ def runs(text):
 
   def visit(name, times, fused):
     for i in table.get(name, ()):
+      if i.op == "all-reduce" and name.startswith(_SCATTER):
+        i = i._replace(op=_SCATTER)
       found.append((i, times, fused))
       if i.op == "while":
         body, condition = (re.search(rf"{part}=%?([\w.\-]+)", i.rest)[1] for part in ("body", "condition"))
@@ -101,16 +103,25 @@ def buffers(type_):
 def cycles(found):
   """The compiler's own estimate of a program's cycles, loops counted as `runs` (its argument) has them.
 
-  Pallas kernels and collectives have none.
+  Pallas kernels (see `kernels`) and collectives have none.
   """
   return sum(times * int(n) for i, times, fused in found if not fused
              for n in re.findall(r'"estimated_cycles":"(\d{1,15})"', i.rest)[:1])  # more digits are its way to say: unknown
 
 
+def kernels(found):
+  """How many calls of Pallas kernels run."""
+  return sum(times for i, times, _ in found if 'custom_call_target="tpu_custom_call"' in i.rest)
+
+
+# A TPU's reduce-scatter: a computation, named so, of an all-reduce and of the part that is kept; nobody is sent the rest.
+_SCATTER = "all-reduce-scatter"
+
 # Bytes that a chip sends for results of `size` bytes in a group of g.
 _SENT = {
     "all-gather": lambda size, g: size * (g - 1) / g, "all-reduce": lambda size, g: 2 * size * (g - 1) / g,
-    "reduce-scatter": lambda size, g: size * (g - 1), "all-to-all": lambda size, g: size * (g - 1) / g,
+    "reduce-scatter": lambda size, g: size * (g - 1), _SCATTER: lambda size, g: size * (g - 1) / g,
+    "all-to-all": lambda size, g: size * (g - 1) / g,
     "collective-permute": lambda size, g: size, "send": lambda size, g: size}
 
 
@@ -126,9 +137,10 @@ def collectives(found):
     seen |= {channel[1]} if channel else set()
     sizes = [b.bytes for b in buffers(i.type)]
     size = max(sizes, default=0) if i.op != kind else sum(sizes)  # what has started carries its operand along
-    count, total = table.get(kind, (0, 0))
+    told = "reduce-scatter" if kind == _SCATTER else kind
+    count, total = table.get(told, (0, 0))
     group = 1 if kind in ("collective-permute", "send") else _group(i.rest)
-    table[kind] = count + times, total + times * _SENT[kind](size, group)
+    table[told] = count + times, total + times * _SENT[kind](size, group)
   return table
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from configs import base
 from piflow_jax import build
+from piflow_jax import errors
 from piflow_jax.plan import flops
 
 
@@ -18,6 +19,14 @@ def test_products_loops_and_branches():
   image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
   conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
   assert flops.count(conv, image, kernel) == 2 * (2 * 8 * 8 * 5) * (3 * 3 * 3)
+
+
+def test_a_loop_of_unknown_length_is_not_taken_for_one_turn():
+  until = lambda f, x: jax.lax.while_loop(lambda x: x[0, 0] < 10, f, x)
+  square = jnp.ones((4, 4))
+  assert flops.count(lambda x: until(lambda x: x + 1, x) @ x, square) == 128  # what has no products may run as it likes
+  with pytest.raises(errors.UserError, match="ends by a condition"):
+    flops.count(lambda x: until(lambda x: x @ x, x), square)
 
 
 @pytest.mark.parametrize("remat, passes", [("none", 3), ("full", 4)])

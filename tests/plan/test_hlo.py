@@ -8,7 +8,7 @@ from piflow_jax import errors
 from piflow_jax.plan import chips
 from piflow_jax.plan import hlo
 
-# Cut down from a step compiled for v5e.
+# Cut down from steps compiled for v5e.
 _TEXT = """
 HloModule jit_step, is_scheduled=true
 
@@ -25,6 +25,19 @@ HloModule jit_step, is_scheduled=true
   ROOT %all-gather.2 = bf16[16,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
 }
 
+%all-reduce-scatter.clone.1 (input: bf16[1024,6144]) -> bf16[256,6144] {
+  %input = bf16[1024,6144]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %all-reduce.2 = bf16[1024,6144]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}}, use_global_device_ids=true, to_apply=%region_add, frontend_attributes={from-cross-replica-sharding="true"}
+  %constant.shard_id_table = u32[16]{0:T(128)} constant({...})
+  %partition-id.2 = u32[] partition-id()
+  %dynamic-slice.4 = u32[1]{0:T(128)} dynamic-slice(%constant.shard_id_table, %partition-id.2), dynamic_slice_sizes={1}
+  %bitcast.1 = u32[]{:T(128)} bitcast(%dynamic-slice.4)
+  %constant.19 = u32[] constant(256)
+  %multiply.5 = u32[]{:T(128)} multiply(%bitcast.1, %constant.19)
+  %constant.20 = u32[] constant(0)
+  ROOT %dynamic-slice.5 = bf16[256,6144]{1,0:T(8,128)(2,1)S(1)} dynamic-slice(%all-reduce.2, %multiply.5, %constant.20), dynamic_slice_sizes={256,6144}
+}
+
 %cond (s: (s32[], f32[512,16,2,4])) -> pred[] {
   %constant.3 = s32[]{:T(128)} constant(28)
   ROOT %compare = pred[]{:T(512)} compare(%i, %constant.3), direction=LT
@@ -35,10 +48,12 @@ HloModule jit_step, is_scheduled=true
   %fusion.2 = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kLoop, calls=%fused_again, backend_config={"estimated_cycles":"10"}
   %wide = f32[512,16,2,4]{3,2,1,0:T(8,128)} copy(%y), backend_config={"estimated_cycles":"1"}
   %near = f32[512,16,2,4]{3,2,1,0:T(8,128)S(1)} copy(%y)
+  %splash.1 = bf16[16,128]{1,0:T(8,128)(2,1)} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":""}}
   %good = f32[512,16,2,4]{0,1,2,3:T(8,128)} copy(%y)
 }
 
 ENTRY %main (p: f32[]) -> f32[] {
+  %fusion.9 = bf16[256,6144]{1,0:T(8,128)(2,1)S(1)} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.clone.1, backend_config={"collective_algorithm_config":{"emitter":"SingleInputAllReduceScatterFusion","strategy":"StrategyRing"}}
   %while.1 = (s32[]{:T(128)}, f32[512,16,2,4]{3,2,1,0:T(8,128)}) while(%t), condition=%cond, body=%body
   %all-reduce.1 = (f32[100]{0:T(128)}, f32[28]{0:T(128)}) all-reduce(%a, %b), channel_id=8, replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, to_apply=%region_add
   %all-reduce.2 = f32[128]{0:T(128)} all-reduce(%a), channel_id=18, replica_groups=mesh['axis_0'=1,'axis_1'=8,'axis_2'=64], device_ids=([64,8]T(1,0)) {'axis_1'}, to_apply=%region_add
@@ -52,8 +67,9 @@ ENTRY %main (p: f32[]) -> f32[] {
 
 def test_loops_count_by_their_length_and_collectives_once_a_channel():
   runs = hlo.runs(_TEXT)
-  assert hlo.cycles(runs) == 28 * 111 + 5
+  assert hlo.cycles(runs) == 28 * 111 + 5 and hlo.kernels(runs) == 28
   assert hlo.collectives(runs) == {
+      "reduce-scatter": (1, 1024 * 6144 * 2 * 3 / 4),  # in the text it is an all-reduce, of which a part is kept
       "all-gather": (28, 28 * 16 * 128 * 2 / 2), "all-reduce": (3, 2 * 128 * 4 * (3 / 4 + 7 / 8 + 3 / 4)), "collective-permute": (1, 256.0)}
 
 

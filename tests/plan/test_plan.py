@@ -1,7 +1,9 @@
 """The program itself, on slices that nobody has attached."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -50,6 +52,12 @@ def _plan(*arguments, shape="(8,8,4)"):
   command = [sys.executable, "-m", "piflow_jax.plan", *_FIELDS, f"--config.data.shape={shape}", *arguments]
   done = subprocess.run(command, cwd=tiny.ROOT, env=_with_libtpu(), text=True, capture_output=True, timeout=600)
   return done.returncode, done.stdout, done.stderr
+
+
+def _plan_of(path, *arguments, **kwargs):
+  status, out, err = _plan(*arguments, f"--json={path}", **kwargs)
+  assert status == 0, err
+  return out, json.loads(path.read_text())[0]
 
 
 def _with_libtpu():
@@ -111,15 +119,39 @@ def test_a_step_on_two_kinds_of_slices(tmp_path):
 
 @pytest.mark.slow
 def test_leaner_state_shows(tmp_path):
-  def memory(name, *arguments):
-    status, _, err = _plan("--topology=v5e-16", "--config.batch_size=128", f"--json={tmp_path / name}", *arguments)
-    assert status == 0, err
-    return json.loads((tmp_path / name).read_text())[0]["memory"]
-
+  memory = lambda name, *more: _plan_of(tmp_path / name, "--topology=v5e-16", "--config.batch_size=128", *more)[1]["memory"]
   plain, lean = memory("plain"), memory("lean", "--config.zero=true", "--config.optimizer.moments=bfloat16")
   assert lean["parameters"] == plain["parameters"]
   # 4 + 2 bytes for each 4 + 4, over 16 devices all but what is too small for so many parts.
   assert lean["optimizer"] < plain["optimizer"] * 0.75 / 16 * 1.2 and lean["ema"] < plain["ema"] / 16 * 1.2
+
+
+@pytest.mark.slow
+def test_a_call_of_the_sampler_has_no_training_batch(tmp_path):
+  out, plan = _plan_of(tmp_path / "plan.json", "--topology=v5e-4", "--sampler", "--config.batch_size=101",
+                       "--config.evaluation.batch_size=64")
+  assert plan["samples"] == 64 and "hours" not in plan and "hours" not in out
+  assert {"parameters", "batch"} <= set(plan["memory"]) and not {"ema", "optimizer", "teacher"} & set(plan["memory"])
+  assert 0 < plan["model_flops"] == plan["flops"]
+
+
+@pytest.mark.slow
+def test_gradients_cross_the_network_between_slices(tmp_path):
+  out, plan = _plan_of(tmp_path / "plan.json", "--topology=v5e-4", "--slices=2", "--config.mesh.slices=2",
+                       "--config.mesh.fsdp=4", "--config.batch_size=64")
+  assert plan["chips"] == 8 and plan["mesh"]["slice"] == 2 and "v5e:2x2 x 2" in out
+  # What is split over a slice's four chips, each of them sends once at least.
+  assert plan["collectives"]["send"]["bytes"] > plan["memory"]["parameters"] / 4 and plan["seconds"]["network"] > 0
+
+
+@pytest.mark.slow
+def test_no_array_of_a_mixture_is_padded(tmp_path):
+  """With components and channels last it would take up 32 times its place, in tiles of 8 x 128."""
+  samples, positions, components = 128, 32 * 32, 32  # fewer samples than 128 a device are padded, being last
+  _, plan = _plan_of(tmp_path / "plan.json", "--topology=v5e-4", f"--config.batch_size={4 * samples}",
+                     f"--config.policy.components={components}", shape="(32,32,4)")
+  entries = [math.prod(int(n) for n in re.search(r"\[(.*)\]", found["array"])[1].split(",")) for found in plan["padded"]]
+  assert entries and max(entries) < samples * positions * components, plan["padded"]  # latents are, with 4 channels last
 
 
 @pytest.mark.slow
