@@ -169,7 +169,7 @@ def test_one_step_on_eight_devices_is_that_of_one():
     opened = lambda x: jax.device_put(x + 0.1 * np.random.default_rng(x.size).standard_normal(x.shape, np.float32), x.sharding)
     state = state.replace(params=jax.tree.map(opened, state.params))
     batch = next(loader.batches(digits_data.source("train"), batch_size=config.batch_size, seed=0))
-    found[sizes] = jitted["step"](state, None, sharding.place_batch(batch, mesh), jax.random.key(0))[0]
+    found[sizes] = jitted["step"](state, None, sharding.place_batch(batch, mesh, config.batch_size), jax.random.key(0))[0]
   assert len(found[1, 4, 2].opt_state[1][0].mu_scale["blocks"]["mlp"]["out"]["kernel"].sharding.device_set) == 8
   eight, one = (jax.device_get((state.params, state.opt_state[1][0])) for state in (found[1, 4, 2], found[1, 1, 1]))
   codes = 0

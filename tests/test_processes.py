@@ -116,8 +116,13 @@ def test_a_notice_before_the_first_step_of_a_later_session_is_heard(alone, tmp_p
 
 
 def test_one_that_dies_ends_the_others_with_a_word(alone, tmp_path):
-  process = _start(tmp_path / "run", 2, 4)
-  _wait_for_step(tmp_path / "run", 8, process)
+  # In a step, with no save under way: in a save it is JAX that ends the others, after its heartbeat.
+  process = _start(tmp_path / "run", 2, 4, "--config.checkpoint_every=20")
+  _wait_for_step(tmp_path / "run", 22, process)
+  while not (tmp_path / "run" / "checkpoints" / "20").exists():
+    assert process.poll() is None
+    time.sleep(0.05)
+  _wait_for_step(tmp_path / "run", _metrics(tmp_path / "run")[-1]["step"] + 2, process)
   os.kill(group.workers(process)[1], signal.SIGKILL)
   began = time.time()
   status, out = group.finish(process, timeout=120)
