@@ -148,7 +148,7 @@ def test_gradients_cross_the_network_between_slices(tmp_path):
 @pytest.mark.slow
 def test_no_array_of_a_mixture_is_padded(tmp_path):
   """With components and channels last it would take up 32 times its place, in tiles of 8 x 128."""
-  samples, positions, components = 128, 32 * 32, 32  # fewer samples than 128 a device are padded, being last
+  samples, positions, components = 128, 32 * 32, 32  # 64 samples, being last, were padded to 128
   _, plan = _plan_of(tmp_path / "plan.json", "--topology=v5e-4", f"--config.batch_size={4 * samples}",
                      f"--config.policy.components={components}", shape="(32,32,4)")
   entries = [math.prod(int(n) for n in re.search(r"\[(.*)\]", found["array"])[1].split(",")) for found in plan["padded"]]
