@@ -71,14 +71,15 @@ def test_two_processes_are_one(alone, tmp_path):
 
 
 def test_processes_that_split_layers_see_the_same_rows(tmp_path):
-  fields = ["--config.network.heads=8", "--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=8", "--config.steps=3"]
+  fields = ["--config.network.heads=8", "--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=8", "--config.steps=2"]
   losses = []
   for processes in (1, 2):
     workdir = tmp_path / str(processes)
-    status, out = group.finish(_start(workdir, processes, 8 // processes, *fields))
+    # Unoptimised: on a busy machine one process compiles longer than Gloo waits, 30 s, for the other to come.
+    status, out = group.finish(group.start(workdir, processes, 8 // processes, *FIELDS, *fields, **chaos.FAST))
     assert status == 0, out
     losses.append([line["loss"] for line in _metrics(workdir)])
-  # Sums of floats run in another order, three updates on.
+  # Sums of floats run in another order.
   np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
