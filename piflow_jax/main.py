@@ -6,7 +6,7 @@
 Numbers and texts of the config can be set on the command line: --config.batch_size=64 --config.optimizer.learning_rate=1e-4.
 configs/base.py lists them all. The same command with the same --workdir goes on where it was.
 On several hosts every one runs the same command with --distributed=auto (launch/ has scripts that do).
-Exit status: 0 done; 2 bad input, or a workdir that cannot be written any more; 3 a loss that is not finite; 75 start again: stopped
+Exit status: 0 done; 2 bad input, or a workdir that cannot be written any more; 3 a loss, or parameters, not finite; 75 start again: stopped
 by SIGTERM with everything saved, or another process is gone. That may also end in JAX aborting (134), with a line of its own:
 whatever a signal ended is to be started again too.
 """

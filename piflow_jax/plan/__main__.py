@@ -6,7 +6,8 @@
 A slice is a generation (v5e, v5p, v6e) and its shape, or its size; --slices=2 joins two of them. Several make one
 table. Memory is what XLA's compiler for TPUs says; FLOPs are counted in the traced step; the time of a step is the
 largest of: FLOPs at the chip's peak, the compiler's own estimate of its cycles (it has none for Pallas kernels, whose calls
-are counted beside it), bytes sent over the links. It is a bound of what to hope for, not a measurement. Needs libtpu (make plan brings it), some minutes and 3 GB.
+are counted beside it), bytes sent over the links. It is a bound of what to hope for, not a measurement. Needs libtpu (make
+plan brings it), some minutes and 3 GB.
 Exit status: 0 everything fits; 1 something does not; 2 bad input.
 """
 
