@@ -17,6 +17,8 @@ from orbax.checkpoint.experimental.v1 import partial
 from piflow_jax import errors
 from piflow_jax import params as params_lib
 
+_SLICE = 4 << 20  # bytes of an array from which on a device writes its share
+
 
 class _Manager(ocp.CheckpointManager):
 
@@ -47,7 +49,8 @@ def open_manager(workdir, *, keep=2, keep_every=None):
   options = ocp.CheckpointManagerOptions(
       preservation_policy=keep_lib.AnyPreservationPolicy(policies), enable_async_checkpointing=True,
       cleanup_tmp_directories=True)
-  manager = _Manager(_folder(workdir), options=options)
+  manager = _Manager(_folder(workdir), options=options, item_handlers={
+      "state": ocp.PyTreeCheckpointHandler(type_handler_registry=_arrays()), "position": ocp.JsonCheckpointHandler()})
   try:
     yield manager
   except BaseException as e:
@@ -57,6 +60,13 @@ def open_manager(workdir, *, keep=2, keep_every=None):
     raise
   with _storing(manager):
     manager.close()
+
+
+def _arrays():
+  # Of an array that several devices hold each writes a slice. For a small one that is no gain, and every slice is a program to
+  # be compiled, for its shape, its place and its device, while the devices wait at a session's first save.
+  return ocp.type_handlers.create_type_handler_registry(
+      (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SLICE)))
 
 
 def _storing(manager):
@@ -76,7 +86,7 @@ def save(manager, step, state, position):
   """
   with _storing(manager):
     manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)))
+        state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(position)))
 
 
 def finish(manager):

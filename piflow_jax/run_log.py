@@ -19,6 +19,8 @@ _FREE = ("steps", "log_every", "eval_every", "eval_batches", "image_every", "che
          "keep_every", "profile_steps", "sharding_rules", "zero", "microbatches", "network.remat", "network.attention",
          "network.unroll", "mesh.", "sampling.", "evaluation.")
 
+_MEANING = ("method", "network.", "policy.", "flow.")  # fields that say what the weights are
+
 
 def _plain(value):
   if callable(value):
@@ -64,16 +66,34 @@ def claim(workdir, config, write=True):
 def _compare(old, new, workdir):
   fixed = ("steps",) if new.get("optimizer.schedule") == "cosine" else ()
   matter = lambda keys: [k for k in sorted(keys) if k in fixed or not k.startswith(_FREE)]
-  differ = [k for k in matter(old.keys() & new.keys()) if old[k] != new[k]]
-  if differ:
-    shown = "; ".join(f"config.{k} is {new[k]!r}, was {old[k]!r}" for k in differ[:3])
-    more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+  if differ := _differences(old, new, matter(old.keys() & new.keys())):
     raise errors.UserError(
-        f"--workdir: {str(workdir)!r} holds a run of another config ({shown}{more}); choose another workdir or that config")
+        f"--workdir: {str(workdir)!r} holds a run of another config ({differ}); choose another workdir or that config")
   # Of another version of the package: a field that did not exist then has done no harm, and its default should be what was.
   if other := matter(old.keys() ^ new.keys()):
     logging.warning("%s was begun by a version without, or with other, fields of the config (%s): check that they mean what it was "
                     "begun with", workdir, ", ".join(f"config.{k}={new.get(k, old.get(k))!r}" for k in other[:5]))
+
+
+def _differences(old, new, keys):
+  differ = [k for k in keys if old[k] != new[k]]
+  shown = "; ".join(f"config.{k} is {new[k]!r}, was {old[k]!r}" for k in differ[:3])
+  return shown + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
+
+
+def warn_of_other(workdir, config):
+  """Warn where `config`, by which a run is to be drawn from, has another network, policy or flow than it was trained with.
+
+  Weights can fit and mean something else. A converted checkpoint has no config to be held against.
+  """
+  try:
+    old = json.loads((epath.Path(workdir) / "config.json").read_text())
+  except (OSError, json.JSONDecodeError):
+    return
+  new = flat_config(config)
+  keys = [k for k in sorted(old.keys() & new.keys()) if k.startswith(_MEANING) and not k.startswith(_FREE)]
+  if differ := _differences(old, new, keys):
+    logging.warning("%s was trained otherwise: %s", workdir, differ)
 
 
 def stopwatch(before, clock=time.time):

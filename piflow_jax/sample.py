@@ -30,6 +30,7 @@ from piflow_jax import checkpoint
 from piflow_jax import errors
 from piflow_jax import latents
 from piflow_jax import main as program
+from piflow_jax import run_log
 from piflow_jax import sampler
 from piflow_jax import sharding
 from piflow_jax import train_loop
@@ -62,6 +63,7 @@ def draw(config, workdir, labels, numbers, *, seed, mesh):
   """
   jitted = train_loop.compile_run(config, mesh, build.run(config))
   params = checkpoint.load_weights(workdir, jitted["state"].ema, "ema", "--workdir")
+  run_log.warn_of_other(workdir, config)
   key = jax.random.key(seed)
   noise = jax.vmap(lambda label, i: jax.random.normal(
       jax.random.fold_in(jax.random.fold_in(key, label), i), tuple(config.data.shape)))

@@ -27,6 +27,7 @@ from piflow_jax import build
 from piflow_jax import checkpoint
 from piflow_jax import sharding
 from piflow_jax import train_loop
+import tests
 from tests import group
 from tests import tiny
 
@@ -48,8 +49,7 @@ WORDS = {
     # JAX waits five minutes for a process that died before they knew one another, the launcher does not.
     137: ["a process died 75 seconds ago and others still wait for it: killed"],
 }
-# Most of a short run is XLA compiling: unoptimised code computes the same numbers each time as well.
-FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+FAST = {"XLA_FLAGS": tests.UNOPTIMISED}
 
 
 def draw(kills, steps, rng):
@@ -73,8 +73,8 @@ class Session:
     self.began = time.time()
     with self._log.open("w") as out:
       self.process = group.start(
-          workdir, 2, 4, f"--config.steps={steps}", f"--config.checkpoint_every={EVERY}", "--config.mesh.data=2",
-          "--config.mesh.fsdp=4", out=out, **FAST)
+          workdir, 2, 4, f"--config.steps={steps}", f"--config.checkpoint_every={EVERY}", "--config.mesh.data=1",
+          "--config.mesh.fsdp=8", out=out, **FAST)
 
   def running(self):
     return self.process.poll() is None
@@ -171,7 +171,7 @@ class Session:
 
 def state_of(workdir, steps):
   """All that is saved at the last step: (state, data position)."""
-  config = tiny.config("teacher", steps=steps, mesh__data=2, mesh__fsdp=4)
+  config = tiny.config("teacher", steps=steps, mesh__data=1, mesh__fsdp=8)
   jitted = train_loop.compile_run(config, sharding.make_mesh(**config.mesh), build.run(config))
   with checkpoint.open_manager(workdir) as manager:
     step, state, position = checkpoint.restore_latest(manager, jitted["state"])

@@ -5,7 +5,11 @@ import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Compiling is most of what the tests do: what one run compiled, the next one, and the programs it starts, read back.
+import tests
+
+os.environ.setdefault("XLA_FLAGS", tests.UNOPTIMISED)
+
+# What one run compiled, the next one, and the programs it starts, read back.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -133,6 +133,7 @@ def evaluate(config, workdir):
   jitted = train_loop.compile_run(config, mesh, run)
   teacher_params = train_loop.load_teacher(config, jitted["teacher"])
   params = checkpoint.load_weights(workdir, jitted["state"].ema, "ema", "--workdir")
+  run_log.warn_of_other(workdir, config)
   noise, fresh = b.noises(c.seed)
 
   nfe = config.sampling.nfe
