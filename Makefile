@@ -60,7 +60,7 @@ plan: .libtpu/ready  ## what a config would be on a TPU slice: make plan ARGS="-
 	@PYTHONPATH=.libtpu $(PY) -m piflow_jax.plan $(ARGS)
 
 test: .venv/ready .libtpu/ready  ## all tests
-	@$(PY) -m pytest -n 2 --dist loadfile -q --durations=12 tests --ignore=tests/parity
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q --durations=12 tests --ignore=tests/parity
 
 chaos: .venv/ready  ## a run of two processes killed 20 times, against the one left alone (ten minutes; ARGS=--seed=1)
 	@$(CACHE) $(PY) -m tests.chaos $(ARGS)

@@ -27,7 +27,6 @@ from piflow_jax import build
 from piflow_jax import checkpoint
 from piflow_jax import sharding
 from piflow_jax import train_loop
-import tests
 from tests import group
 from tests import tiny
 
@@ -49,7 +48,6 @@ WORDS = {
     # JAX waits five minutes for a process that died before they knew one another, the launcher does not.
     137: ["a process died 75 seconds ago and others still wait for it: killed"],
 }
-FAST = {"XLA_FLAGS": tests.UNOPTIMISED}
 
 
 def draw(kills, steps, rng):
@@ -74,7 +72,7 @@ class Session:
     with self._log.open("w") as out:
       self.process = group.start(
           workdir, 2, 4, f"--config.steps={steps}", f"--config.checkpoint_every={EVERY}", "--config.mesh.data=1",
-          "--config.mesh.fsdp=8", out=out, **FAST)
+          "--config.mesh.fsdp=8", out=out)
 
   def running(self):
     return self.process.poll() is None

@@ -1,5 +1,6 @@
 """Every test sees eight simulated CPU devices and strict ranks; programs started by tests see what a user's would."""
 
+import collections
 import os
 import pathlib
 
@@ -27,6 +28,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_addoption(parser):
   parser.addoption("--all-meshes", action="store_true", help="one device equals eight in every mesh of eight, not in some")
+
+
+def pytest_collection_modifyitems(items):
+  # Files with many slow tests first: begun last, one would keep a single worker busy at the end.
+  slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+  items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def bucket():
 def _start(bucket, *arguments, role="teacher"):
   return subprocess.Popen(
       tiny.command(role, "gs://bucket/run", *arguments), cwd=tiny.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-      env=os.environ | bucket.environment | {"JAX_PLATFORMS": "cpu"})
+      env=os.environ | bucket.environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
 
 
 def _run(*args, **kwargs):

@@ -22,8 +22,7 @@ FIELDS = ["--config.steps=40", "--config.checkpoint_every=5", "--config.mesh.dat
 
 
 def _start(workdir, processes, devices, *arguments):
-  # Unoptimised: on a busy machine one process may compile longer than Gloo waits, 30 s, for the other to come.
-  return group.start(workdir, processes, devices, *FIELDS, *arguments, **chaos.FAST)
+  return group.start(workdir, processes, devices, *FIELDS, *arguments)
 
 
 def _wait_for_step(workdir, step, process):

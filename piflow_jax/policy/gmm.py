@@ -18,6 +18,7 @@ from piflow_jax.policy import gmm_kernel
 
 # A tile of K = 32, C = 4 then takes a third of a megabyte, which a core's own cache holds.
 TILE_LANES = 448
+_LEAST = 1e-30  # of a sum of weights, whose largest is 1 but for rounding
 
 
 @flax.struct.dataclass
@@ -183,13 +184,22 @@ def mean_delta(delta, half_square, logweights, residual, zeta, d):
   logits = logweights - (zeta / d) * half_square
   for c in range(delta.shape[1]):
     logits += delta[:, c] * pull[:, c, None]
-  return weighted_mean(jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))), delta)
+  return weighted_mean(exp_below(logits - jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))), delta)
+
+
+def exp_below(x):
+  """exp(x) of logits less their maximum, [B, K, P].
+
+  Near t = 0 logits of a sharp mixture reach 1e9, where a rounding is 64. Where a compiler finds the maximum in another way than
+  the logits, x is above 0, or all of it far below: `_LEAST` is for that.
+  """
+  return jnp.exp(jnp.where(x > 0, 0.0, x))
 
 
 def weighted_mean(weights, x):
   """Weights [B, K, P] of x [B, C, K, P] -> [B, C, P]; channels are few, written out each is a pass that vectorises."""
   sums = [jnp.sum(weights * x[:, c], axis=1) for c in range(x.shape[1])]
-  return jnp.stack(sums, axis=1) / jnp.sum(weights, axis=1, keepdims=True)
+  return jnp.stack(sums, axis=1) / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), _LEAST)
 
 
 @jax.custom_vjp
@@ -206,12 +216,12 @@ def _unrolled(row, delta, add=jnp.add):
 def _unrolled_weights(delta, half_square, logweights, residual, zeta, d):
   # That backend computes again, for each reader, whatever it broadcasts, unless a division comes last. Hence one in
   # each thing that the components share; where there is nothing to divide by it is d's sign, 1, so that nothing is
-  # rounded: logits of a sharp mixture reach 1e9, and a maximum that is off by a rounding overflows the exponential.
+  # rounded.
   logits = logweights - half_square * (zeta / d)
   for c in range(delta.shape[1]):
     logits += delta[:, c] * (residual[:, c:c + 1] / d)
-  weights = jnp.exp(logits - _unrolled(lambda k: logits[:, k:k + 1], delta, jnp.maximum) / jnp.sign(d))
-  return weights, _unrolled(lambda k: weights[:, k:k + 1], delta)
+  weights = exp_below(logits - _unrolled(lambda k: logits[:, k:k + 1], delta, jnp.maximum) / jnp.sign(d))
+  return weights, jnp.maximum(_unrolled(lambda k: weights[:, k:k + 1], delta), _LEAST)
 
 
 def _unrolled_backward(args, g):

@@ -35,8 +35,9 @@ def rollout(policy, x, tau_src, tau_dst, *, shift=1.0, total_substeps=128, max_s
 
   def integrate(policy, x, n, tau_src, size, *, n_max, differentiable=True):
     def advance(x, i):
-      t = flow.warp(jnp.maximum(tau_src - i * size, 0), shift)
-      t_next = flow.warp(jnp.maximum(tau_src - (i + 1) * size, 0), shift)
+      j = jnp.minimum(i, n - 1)  # who is done waits at a time that it had, not on its way to 0 where policies are sharpest
+      t = flow.warp(jnp.maximum(tau_src - j * size, 0), shift)
+      t_next = flow.warp(jnp.maximum(tau_src - (j + 1) * size, 0), shift)
       step = jnp.where(i < n, t_next - t, 0)
       return x + flow.broadcast_to(step, x) * policy.velocity(x, t)
 

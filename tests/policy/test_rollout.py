@@ -1,5 +1,6 @@
 """Rollout and average velocity against the authors' vectors, a closed form, and a loop written out."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +102,21 @@ def test_samples_that_are_done_hold_still_and_the_rest_go_on():
     np.testing.assert_allclose(together[one], alone, rtol=1e-6, atol=1e-6)
   bounded = lib.rollout(policy, x, src, dst, total_substeps=32, max_substeps=16)
   np.testing.assert_array_equal(together, bounded)
+
+
+def test_samples_that_are_done_wait_at_a_time_of_their_own():
+  @flax.struct.dataclass
+  class Until:
+    end: jax.Array
+
+    def velocity(self, x, t):
+      return flow.broadcast_to(jnp.where(t > self.end, 1.0, jnp.nan), x) * jnp.ones_like(x)
+
+  src, dst = jnp.array([1.0, 0.5, 0.9]), jnp.array([0.75, 0.0, 0.65])
+  run = lambda x: lib.rollout(Until(dst), x, src, dst, total_substeps=32)
+  want = -(src - dst)[:, None, None, None]
+  np.testing.assert_allclose(run(jnp.zeros((3, 1, 1, 1))), want, rtol=1e-6)
+  np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(run(x)))(jnp.zeros((3, 1, 1, 1))), 1.0)
 
 
 @pytest.mark.slow
