@@ -18,7 +18,6 @@ from piflow_jax import errors
 _FREE = ("steps", "log_every", "eval_every", "eval_batches", "image_every", "checkpoint_every", "keep_checkpoints",
          "keep_every", "profile_steps", "sharding_rules", "zero", "microbatches", "network.remat", "network.attention",
          "network.unroll", "mesh.", "sampling.", "evaluation.")
-
 _MEANING = ("method", "network.", "policy.", "flow.")  # fields that say what the weights are
 
 

@@ -144,18 +144,6 @@ class Session:
           hit.append(number)
     return hit
 
-  def verdict(self, status, hit):
-    """({process: status that it ended with}, what is not as it should be)."""
-    out = self.output()
-    statuses = {i: 0 for i in range(2)} | {int(i): int(s) for i, s in re.findall(r"^\[(\d)\] ended with status (\d+)$", out, re.M)}
-    problems = [] if status in (0, train_loop.RESTART) else [f"the launcher ended with {status}"]
-    for i, s in statuses.items():
-      if i in hit and s in KILLED or s == 0 or s == train_loop.RESTART and "stopped by a signal" in out:
-        continue
-      if not any(words in out for words in WORDS.get(s, [])):
-        problems.append(f"process {i} ended with {s} and without a word")
-    return statuses, problems
-
   def end(self, bound):
     """(status, seconds) of the end; status None, and all killed, where there was none within the bound."""
     began = time.time()
@@ -165,6 +153,18 @@ class Session:
       os.killpg(self.process.pid, signal.SIGKILL)
       self.process.wait()
     return status, time.time() - began
+
+
+def verdict(status, out, hit):
+  """({process: status that it ended with}, what is not as it should be) of a launcher's status and output."""
+  statuses = {i: 0 for i in range(2)} | {int(i): int(s) for i, s in re.findall(r"^\[(\d)\] ended with status (\d+)$", out, re.M)}
+  problems = [] if status in (0, train_loop.RESTART) else [f"the launcher ended with {status}"]
+  for i, s in statuses.items():
+    if i in hit and s in KILLED or s == 0 or s == train_loop.RESTART and "stopped by a signal" in out:
+      continue
+    if not any(words in out for words in WORDS.get(s, [])):
+      problems.append(f"process {i} ended with {s} and without a word")
+  return statuses, problems
 
 
 def state_of(workdir, steps):
@@ -209,7 +209,7 @@ def run(kills, seed, steps, folder, bound):
     at, after, alive, early = session.logged(), time.time() - session.began, session.running(), not session.stepped()
     hit = session.strike(attack, rng)
     status, seconds = session.end(bound)
-    statuses, problems = session.verdict(status, set(hit))
+    statuses, problems = verdict(status, session.output(), set(hit))
     if hit and status == 0 and at < steps - 2 * EVERY:
       problems.append("the notice was not heard: the run went on to its end")
     wrong += [f"kill {i + 1} ({attack}, {moment}): {problem}\n{session.output()}" for problem in problems]

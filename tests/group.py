@@ -13,7 +13,7 @@ from tests import tiny
 def start(workdir, processes, devices, *arguments, out=subprocess.PIPE, **env):
   """The launcher of a tiny teacher's run, leader of a process group of its own."""
   # On a busy machine one process may compile optimised code longer than Gloo waits, 30 s, for the other to come.
-  env = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"} | {"XLA_FLAGS": tests.UNOPTIMISED} | env
+  env = tiny.environment(XLA_FLAGS=tests.UNOPTIMISED, **env)
   command = tiny.command("teacher", workdir, *arguments)
   return subprocess.Popen(["launch/local.sh", str(processes), str(devices), *command], cwd=tiny.ROOT, env=env, text=True,
                           stdout=out, stderr=subprocess.STDOUT, start_new_session=True)

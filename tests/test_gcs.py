@@ -1,7 +1,6 @@
 """Runs whose workdir is a gs:// path, by the real gcsfs, Orbax and TensorStore against a bucket in memory."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -26,9 +25,7 @@ def bucket():
 
 
 def _start(bucket, *arguments, role="teacher"):
-  return subprocess.Popen(
-      tiny.command(role, "gs://bucket/run", *arguments), cwd=tiny.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-      env=os.environ | bucket.environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
+  return tiny.start(tiny.command(role, "gs://bucket/run", *arguments), stderr=subprocess.STDOUT, env=bucket.environment)
 
 
 def _run(*args, **kwargs):

@@ -31,10 +31,15 @@ def command(role, workdir, *arguments, program="piflow_jax.main"):
   return [sys.executable, "-m", program, f"--config=configs/digits.py:{role}", f"--workdir={workdir}", *options, *arguments]
 
 
-def start(args, **kwargs):
+def environment(**more):
+  """What a program of a user's sees, and `more`: not what the tests set for their own compiling and devices."""
+  return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")} | more
+
+
+def start(args, stderr=subprocess.PIPE, env=None, **kwargs):
   """A program as a user starts it: one device, its own process."""
-  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-  return subprocess.Popen(args, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+  env = environment(JAX_PLATFORMS="cpu", **(env or {}))
+  return subprocess.Popen(args, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=stderr, **kwargs)
 
 
 def run(args):

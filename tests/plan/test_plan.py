@@ -62,7 +62,7 @@ def _plan_of(path, *arguments, **kwargs):
 
 def _with_libtpu():
   path = os.pathsep.join([str(tiny.ROOT / ".libtpu"), str(tiny.ROOT)])
-  return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")} | {"PYTHONPATH": path}
+  return tiny.environment(PYTHONPATH=path)
 
 
 @pytest.mark.slow
