@@ -6,36 +6,41 @@ RUNS ?= runs/digits
 ARGS ?=
 # A CPU as a mesh of its cores: most of what XLA does on a CPU runs on one core otherwise.
 DEVICES ?= $(shell $(PYTHON) -c 'import os; print(max(n for n in (1, 2, 4, 8) if n <= os.cpu_count()))')
-# Compiling is the better part of a short run: what was compiled once is read back.
+# Compiling is the better part of a short run: JAX reads back what an earlier run compiled.
 CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 JAX_NUM_CPU_DEVICES=$(DEVICES)
+PIP := -m pip install --quiet --disable-pip-version-check
+# Two workers, each given whole files in the order of tests/conftest.py: the longest first.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder -q --durations=12
 
-.PHONY: demo compare analytic plan test test-torch quick chaos lock clean help
+.PHONY: demo compare analytic plan lint quick test test-plan test-torch durations chaos lock clean help
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
-.venv/ready: setup.py requirements.lock
-	@test -n "$(PYTHON)" || { echo "error: no python3 found; install Python 3.11 or newer, or say make PYTHON=..." >&2; exit 1; }
+.venv/ready: setup.py pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || \
+		{ echo "error: no python3 found; install Python 3.11 or newer, or say make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.11; say make PYTHON=/path/to/a/newer/one" >&2; exit 1; }
 	@echo "== environment: installing the locked packages into .venv (a few minutes, once)"
 	@test -x $(PY) || $(PYTHON) -m venv .venv
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(PY) $(PIP) -r requirements.lock
+	@$(PY) $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.venv-torch/ready: setup.py requirements.lock requirements-torch.lock
-	@test -n "$(PYTHON)" || { echo "error: no python3 found; install Python 3.11 or newer, or say make PYTHON=..." >&2; exit 1; }
+.venv-torch/ready: setup.py pyproject.toml requirements.lock requirements-torch.lock
+	@test -n "$(PYTHON)" || \
+		{ echo "error: no python3 found; install Python 3.11 or newer, or say make PYTHON=..." >&2; exit 1; }
 	@echo "== environment: the locked packages and PyTorch's into .venv-torch (a few minutes, once)"
 	@test -x .venv-torch/bin/python || $(PYTHON) -m venv .venv-torch
-	@.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock -r requirements-torch.lock
-	@.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@.venv-torch/bin/python $(PIP) -r requirements.lock -r requirements-torch.lock
+	@.venv-torch/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .libtpu/ready: .venv/ready requirements-tpu.lock
 	@echo "== TPU compiler: libtpu into .libtpu (not into the environment, where JAX would look for TPUs by it)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target .libtpu --upgrade -r requirements-tpu.lock
+	@$(PY) $(PIP) --no-deps --target .libtpu --upgrade -r requirements-tpu.lock
 	@touch $@
 
 demo: .venv/ready  ## teacher, one-call student, samples and report on real handwritten digits
@@ -45,8 +50,7 @@ demo: .venv/ready  ## teacher, one-call student, samples and report on real hand
 	@$(CACHE) $(PY) -m piflow_jax.main --config=configs/digits.py:student --workdir=$(RUNS)/student \
 		--config.teacher.checkpoint=$(RUNS)/teacher $(ARGS)
 	@echo "== 3/3 evaluation: both, from the same noises"
-	@$(CACHE) $(PY) -m piflow_jax.evaluation.run --config=configs/digits.py:student --workdir=$(RUNS)/student \
-		--config.teacher.checkpoint=$(RUNS)/teacher $(ARGS)
+	@$(CACHE) $(PY) -m piflow_jax.evaluate --workdir=$(RUNS)/student
 
 compare: .venv/ready  ## every few-step method at the same compute, three seeds each (an hour and a half on 2 cores)
 	@$(CACHE) $(PY) -m piflow_jax.main --config=configs/digits.py:teacher --workdir=$(RUNS)/teacher
@@ -59,20 +63,32 @@ analytic: .venv/ready  ## students against an exactly known flow, by their size 
 plan: .libtpu/ready  ## what a config would be on a TPU slice: make plan ARGS="--config=... --topology=v5e-16"
 	@PYTHONPATH=.libtpu $(PY) -m piflow_jax.plan $(ARGS)
 
-test: .venv/ready .libtpu/ready  ## all tests
-	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q --durations=12 tests --ignore=tests/parity
+lint: .venv/ready  ## ruff, shellcheck, and the figures of the house (no JAX: seconds)
+	@.venv/bin/ruff check --quiet --output-format concise .
+	@.venv/bin/shellcheck .ci/run launch/*.sh
+	@$(PY) -m pytest -q --noconftest -p no:xdist tests/test_house.py
+
+quick: .venv/ready  ## the tests that take seconds
+	@$(PY) -m pytest $(PARALLEL) -m "not slow and not processes and not libtpu" tests --ignore=tests/parity
+
+test: .venv/ready  ## all tests but those of test-plan and test-torch; several processes of one run last, one at a time
+	@$(PY) -m pytest $(PARALLEL) -m "not processes and not libtpu" tests --ignore=tests/parity
+	@$(PY) -m pytest -n 0 -q --durations=12 -m processes tests --ignore=tests/parity
+
+test-plan: .libtpu/ready  ## the tests that need the compiler for TPUs (0.7 GB, into .libtpu)
+	@$(PY) -m pytest $(PARALLEL) -m libtpu tests/plan
+
+test-torch: .venv-torch/ready  ## the tests against PyTorch, in an environment of their own
+	@.venv-torch/bin/python -m pytest $(PARALLEL) tests/parity
+
+durations:  ## make test, and write each file's seconds to tests/durations.json, by which the next run is ordered
+	@$(MAKE) --no-print-directory test PARALLEL="$(PARALLEL) --record-durations"
 
 chaos: .venv/ready  ## a run of two processes killed 20 times, against the one left alone (ten minutes; ARGS=--seed=1)
 	@$(CACHE) $(PY) -m tests.chaos $(ARGS)
 
-test-torch: .venv-torch/ready  ## the tests against PyTorch, in an environment of their own
-	@.venv-torch/bin/python -m pytest -n 2 --dist loadfile -q tests/parity
-
-quick: .venv/ready  ## the tests that take seconds
-	@$(PY) -m pytest -n 2 --dist loadfile -q -m "not slow" tests --ignore=tests/parity
-
 lock: .venv/ready  ## write what is installed to requirements.lock
 	@$(PY) -m pip freeze --exclude-editable --all --exclude pip > requirements.lock
 
-clean:  ## remove environment, caches and runs
-	rm -rf .venv .venv-torch .libtpu .jax_cache runs *.egg-info
+clean:  ## remove environments, caches and runs
+	rm -rf .venv .venv-torch .libtpu .jax_cache .ruff_cache .pytest_cache runs *.egg-info

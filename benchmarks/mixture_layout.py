@@ -2,11 +2,11 @@
 
   PYTHONPATH=.libtpu python -m benchmarks.mixture_layout
 
-From a DiT-XL's tokens: the output layers of a GM head and a rollout, of 128 substeps forward (a sampler's, a trajectory's) and
-of 10 with the gradient for layers and tokens (an averaging window's). Once in this project's layout ([B, C, K, P], P the
-positions), once as the formula is published ([B, H, W, K, C]), both by XLA's loop; and as a TPU gets it, by the kernel, whose
-own cycles the compiler does not state (`benchmarks/rollout_kernel.py` counts them). Nothing runs: the figures are those of the
-compiled program for one chip.
+From a DiT-XL's tokens: the output layers of a GM head and a rollout, of 128 substeps forward (a sampler's, a
+trajectory's) and of 10 with the gradient for layers and tokens (an averaging window's). Once in this project's layout
+([B, C, K, P], P the positions), once as the formula is published ([B, H, W, K, C]), both by XLA's loop; and by the
+kernel, which is what a TPU runs and whose own cycles the compiler does not state (`benchmarks/rollout_kernel.py` counts
+them). Nothing runs: the figures are those of the compiled program for one chip.
 """
 
 import functools
@@ -22,32 +22,41 @@ from piflow_jax.plan import compiled
 from piflow_jax.plan import hlo
 from piflow_jax.policy import gmm
 
-BATCH, GRID, PATCH, WIDTH, COMPONENTS, CHANNELS = 256, 16, 2, 1152, 32, 4
+BATCH, SIDE, PATCH, WIDTH, COMPONENTS, CHANNELS = 256, 32, 2, 1152, 32, 4
+LAYOUT = layers.patches((SIDE, SIDE, CHANNELS), PATCH)
 
 
 def ours(params, tokens, x, substeps):
-  head = gmm.GMHead(COMPONENTS, CHANNELS, PATCH, dtype=jnp.bfloat16)
-  mixture = head.apply({"params": params}, tokens, tokens[:, 0], (GRID, GRID))
+  """The package's head and rollout."""
+  head = gmm.GMHead(COMPONENTS, dtype=jnp.bfloat16)
+  mixture = head.apply({"params": params}, tokens, tokens[:, 0], LAYOUT)
   return rollout.fast_rollout(mixture, x, jnp.ones(BATCH), substeps=substeps)
 
 
 def published(params, tokens, x, substeps):
-  project = lambda name, *features: layers.unpatchify(
-      layers.Projection((PATCH**2, *features), jnp.bfloat16).apply({"params": params[name]}, tokens), (GRID, GRID), PATCH
-  ).reshape(BATCH, GRID * PATCH, GRID * PATCH, *features)
-  mixture = rollout.Published(
-      project("means", COMPONENTS, CHANNELS), jax.nn.log_softmax(project("logweights", COMPONENTS)), jnp.full(BATCH, -3.0))
+  """Head and rollout with mixtures [B, H, W, K, C]."""
+  def project(name, *features):
+    projection = layers.Projection((LAYOUT.cells, *features), jnp.bfloat16)
+    y = LAYOUT.place(projection.apply({"params": params[name]}, tokens))
+    return y.reshape(BATCH, SIDE, SIDE, *features)
+
+  logweights = jax.nn.log_softmax(project("logweights", COMPONENTS))
+  mixture = rollout.Published(project("means", COMPONENTS, CHANNELS), logweights, jnp.full(BATCH, -3.0))
   return rollout.plain_rollout(mixture, x, jnp.ones(BATCH), substeps=substeps)
 
 
 def report(name, f, substeps, gradient, chip, device):
   shape = functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
-  head = gmm.GMHead(COMPONENTS, CHANNELS, PATCH)
-  tokens, x = (BATCH, GRID**2, WIDTH), (BATCH, GRID * PATCH, GRID * PATCH, CHANNELS)
+  head = gmm.GMHead(COMPONENTS)
+  tokens, x = (BATCH, (SIDE // PATCH)**2, WIDTH), (BATCH, *LAYOUT.shape)
   params = jax.eval_shape(
-      lambda: head.init(jax.random.key(0), jnp.zeros((1, *tokens[1:])), jnp.zeros((1, WIDTH)), (GRID, GRID)))["params"]
-  arguments = jax.tree.map(lambda s: shape(s.shape, s.dtype), params), shape(tokens, jnp.bfloat16), shape(x, jnp.float32)
-  loss = lambda *a: jnp.sum(jnp.square(f(*a, substeps)))
+      lambda: head.init(jax.random.key(0), jnp.zeros((1, *tokens[1:])), jnp.zeros((1, WIDTH)), LAYOUT))["params"]
+  params = jax.tree.map(lambda s: shape(s.shape, s.dtype), params)
+  arguments = params, shape(tokens, jnp.bfloat16), shape(x, jnp.float32)
+
+  def loss(*arguments):
+    return jnp.sum(jnp.square(f(*arguments, substeps)))
+
   program = jax.jit(jax.grad(loss, argnums=(0, 1)) if gradient else loss).lower(*arguments).compile()
   runs = hlo.runs(program.as_text())
   wasted = hlo.padded(runs)
@@ -61,7 +70,7 @@ if __name__ == "__main__":
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)
   chip, devices, where = compiled.devices_of("v5e-1", 1)
-  mixture = BATCH * (GRID * PATCH) ** 2 * COMPONENTS * CHANNELS * 4
+  mixture = BATCH * SIDE**2 * COMPONENTS * CHANNELS * 4
   print(f"{where}, {BATCH} samples; the means in float32 are {mixture / 2**20:.0f} MiB")
   by_kernel = sharding.under(sharding.make_mesh(devices=devices), ours)
   for substeps, gradient in ((128, False), (10, True)):

@@ -3,7 +3,8 @@
   python -m benchmarks.rollout                              one device
   JAX_NUM_CPU_DEVICES=2 python -m benchmarks.rollout        both cores of a 2-core machine, side by side
 
-Batch 64, latents 32x32x4, K = 32, 128 substeps, float32; agreement in float64 on a smaller batch. Runs alternate, medians.
+Batch 64, latents 32x32x4, K = 32, 128 substeps, float32; agreement in float64 on a smaller batch. Runs alternate; times
+are medians.
 """
 
 import functools
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from piflow_jax import flow
 from piflow_jax import sharding
 from piflow_jax.policy import gmm
 from piflow_jax.policy import rollout
@@ -38,8 +40,10 @@ def as_published(mixture, shape):
 
 
 def plain_rollout(mixture, x_src, t_src, *, substeps=SUBSTEPS, eps=1e-6):
-  """Section 2.1 as published: mixtures [B, H, W, K, C], every substep from the beginning; from t_src = 1 to 0."""
-  column = lambda s: s[:, None, None, None]
+  """GMFlow's posterior as published (method.md, 3.1): mixtures [B, H, W, K, C], no substep shares work; t = 1 to 0."""
+  def column(s):
+    return s[:, None, None, None]
+
   mu = x_src[..., None, :] - column(t_src)[..., None] * mixture.means
   v = column((t_src * jnp.exp(mixture.logstd)) ** 2)
   s_src = column(jnp.maximum(t_src, eps))
@@ -56,19 +60,19 @@ def plain_rollout(mixture, x_src, t_src, *, substeps=SUBSTEPS, eps=1e-6):
     u = (x - jnp.sum(jax.nn.softmax(logits, axis=-1)[..., None] * mean_k, axis=-2)) / s
     return x - column(t_src) / substeps * u, None
 
-  # Backwards only x is remembered, as there.
+  # Remat keeps only x for each substep, as in the package.
   substep = jax.checkpoint(substep, prevent_cse=False)
   return jax.lax.scan(substep, x_src, jnp.arange(substeps, dtype=x_src.dtype))[0]
 
 
 def plain(mixture, x_src, t_src):
-  """`plain_rollout` of what the package's head says."""
+  """`plain_rollout` of the package's mixture."""
   return plain_rollout(as_published(mixture, x_src.shape), x_src, t_src)
 
 
 def fast_rollout(mixture, x_src, t_src, *, substeps=SUBSTEPS):
   policy = gmm.to_policy(mixture, x_src, t_src)
-  return rollout.rollout(policy, x_src, t_src, jnp.zeros_like(t_src), total_substeps=substeps)
+  return rollout.rollout(policy, x_src, t_src, jnp.zeros_like(t_src), flow.Clock(1.0, substeps, 1, 1.0))
 
 
 def case(batch, height, width, channels, components):
@@ -83,7 +87,7 @@ def case(batch, height, width, channels, components):
 
 
 def alternate(functions, repeats=5):
-  """Median seconds of each of {name: function}, run in turn so that a machine's moods meet all of them."""
+  """Median seconds of each of {name: function}; they run in turn, so that a slow spell of the machine slows all."""
   for f in functions.values():
     jax.block_until_ready(f())
   seconds = {name: [] for name in functions}
@@ -101,11 +105,13 @@ def report(title, arguments):
   numbers = jnp.linspace(-20, 0, b * k * n)
   exp, add = jax.jit(jnp.exp), jax.jit(lambda a: a + 1)
   took = alternate({
-      "plain": functools.partial(jax.jit(plain), *arguments), "fast": functools.partial(jax.jit(fast_rollout), *arguments),
+      "plain": functools.partial(jax.jit(plain), *arguments),
+      "fast": functools.partial(jax.jit(fast_rollout), *arguments),
       "exp": functools.partial(exp, numbers), "copy": functools.partial(add, mixture.means)})
   print(f"{title}: batch {b}, {n} positions, C = {c}, K = {k}, {SUBSTEPS} substeps, {jax.device_count()} device(s)")
   print(f"  plain scan of the published formula   {took['plain']:8.3f} s")
-  print(f"  this package                          {took['fast']:8.3f} s   {took['plain'] / took['fast']:.1f} times faster")
+  print(f"  this package                          {took['fast']:8.3f} s   "
+        f"{took['plain'] / took['fast']:.1f} times faster")
   print(f"  floor, its exponentials alone         {took['exp'] * SUBSTEPS:8.3f} s   "
         f"(one pass over K logits a position, {SUBSTEPS} times)")
   print(f"  floor, mixture from memory each time  {took['copy'] / 2 * SUBSTEPS:8.3f} s   "

@@ -11,24 +11,26 @@ import jax.numpy as jnp
 
 from benchmarks import rollout as rollout_bench
 from configs import imagenet_dit
-from piflow_jax.models import dit
-from piflow_jax.policy import gmm
+from piflow_jax import config
 
 
 def main():
+  """Prints a line for each size."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--batch", type=int, default=4)
   batch = parser.parse_args().batch
-  c = imagenet_dit.get_config("XL,repa-1nfe")
   for size in ("B", "XL"):
-    head = gmm.GMHead(c.policy.components, c.data.shape[-1], c.network.patch, c.policy.logstd_width)
-    net = dit.DiT(head=head, remat="none", **dit.SIZES[size])
-    x, t, labels = jnp.ones((batch, *c.data.shape)), jnp.ones(batch), jnp.zeros(batch, jnp.int32)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), x, t, labels)
+    c = imagenet_dit.get_config(f"{size},repa-1nfe")
+    c.network.update(remat="none", dtype="float32")
+    spec = c.data.make(**config.fields_of(c.data)).spec
+    net = c.network.make(spec, **config.fields_of(c.network))
+    module = net.module(c.policy.make(net.dtype, **config.fields_of(c.policy)))
+    x, t, cond = jnp.ones((batch, *spec.x_0)), jnp.ones(batch), {"label": jnp.zeros(batch, jnp.int32)}
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x, t, cond)
     params = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), shapes)  # values do not change the time
-    network = jax.jit(lambda params: net.apply(params, x, t, labels))
+    network = jax.jit(functools.partial(module.apply, x=x, t=t, cond=cond))
     mixture = network(params)
-    policy = jax.jit(lambda mixture: rollout_bench.fast_rollout(mixture, x, t))
+    policy = jax.jit(functools.partial(rollout_bench.fast_rollout, x_src=x, t_src=t))
     took = rollout_bench.alternate(
         {"network": functools.partial(network, params), "policy": functools.partial(policy, mixture)}, repeats=3)
     whole = took["network"] + took["policy"]

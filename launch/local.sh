@@ -4,15 +4,24 @@
 #   launch/local.sh PROCESSES DEVICES_EACH COMMAND...
 #   launch/local.sh 2 4 python -m piflow_jax.main --config=configs/digits.py:teacher --workdir=runs/two
 #
-# Every process's output is shown with its number. When one has died, those that have not ended GRACE seconds later are killed.
+# Every process's output is shown with its number. When one has died, those that have not ended GRACE seconds later
+# (75 if not set) are killed.
 # Exit status: 0 all done; 75 some were stopped or killed, the same command goes on; else what one of them ended with.
 set -uo pipefail
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2; }
-[[ $# -ge 3 && $1 =~ ^[1-9][0-9]*$ && $2 =~ ^[1-9][0-9]*$ ]] || usage
-processes=$1 devices=$2
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+[[ $# -ge 3 ]] || usage
+# whole NAME VALUE: refuses a wrong number before anything runs; bash would stumble over it when processes are there.
+whole() {
+  [[ $2 =~ ^[1-9][0-9]{0,3}$ ]] && return
+  echo "launch/local.sh: $1: '$2' is not a whole number from 1 to 9999" >&2
+  exit 2
+}
+processes=$1 devices=$2 grace=${GRACE:-75}
+whole PROCESSES "$processes"
+whole DEVICES_EACH "$devices"
+whole GRACE "$grace"
 shift 2
-grace=${GRACE:-75}
 
 # A port that is free now; the coordinator takes it a moment later.
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit 1

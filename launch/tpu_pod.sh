@@ -2,34 +2,41 @@
 # Run one command on every worker of a Cloud TPU pod slice, or of several, through preemptions.
 #
 #   launch/tpu_pod.sh run --name=NAME --zone=ZONE --project=PROJECT --type=v5litepod-16 --runtime=v2-alpha-tpuv5-lite
-#       [--slices=1] [--spot|--reserved] [--queued|--tpu-vm] [--commit=HEAD] [--repository=URL] [--allow-dirty] [--max-restarts=5]
-#       [--dry-run] -- python -m piflow_jax.main --config=... --workdir=gs://BUCKET/RUN
+#       [--slices=1] [--spot|--reserved] [--queued|--tpu-vm] [--commit=HEAD] [--repository=URL] [--allow-dirty]
+#       [--max-restarts=5] [--dry-run] -- python -m piflow_jax.main --config=... --workdir=gs://BUCKET/RUN
 #   launch/tpu_pod.sh logs|stop|down ... the same line; name, zone, project, --slices and --tpu-vm are what counts
 #
-# run   takes the queued resource (--tpu-vm: the TPU VM) of that name or makes it, installs the commit on all workers, runs
-#       COMMAND --distributed=auto there and shows worker 0. Ctrl-C detaches; the same line again attaches. A run that ends
-#       with status 75 or by a signal, or whose machine was preempted, is started again: at most --max-restarts times in a row with less
-#       than LAUNCH_PROGRESS (900) seconds of running. Ends with 0, with COMMAND's status, or with 75: can be run again.
-# logs  shows worker 0.   stop  has COMMAND save and end; the machine stays.   down  deletes the machine: nothing else does.
+# run   takes the queued resource (--tpu-vm: the TPU VM) of that name or makes it, installs the commit on all workers,
+#       runs COMMAND --distributed=auto there and shows worker 0. Ctrl-C detaches; the same line again attaches. A run
+#       that ends with status 75 or by a signal, or whose machine was preempted, is started again: at most
+#       --max-restarts times in a row with less than LAUNCH_PROGRESS (900) seconds of running. Ends with 0, with
+#       COMMAND's status, or with 75: can be run again.
+# logs  shows worker 0.   stop  has COMMAND save and end; the machine stays.   down  deletes the machine: nothing else
+#       does.
 #
-# Needs gcloud, logged in, and for several workers: ssh-add ~/.ssh/google_compute_engine. Looks every LAUNCH_POLL (30) seconds.
+# Needs gcloud, logged in, and for several workers: ssh-add ~/.ssh/google_compute_engine. Looks every LAUNCH_POLL (30)
+# seconds.
 set -uo pipefail
 LC_ALL=C  # or ranges like a-z match letters that are not ASCII
 
 say() { printf '== %s\n' "$*" >&2; }
 fail() { printf 'error: %s\n' "$2" >&2; exit "$1"; }
-((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail 2 "bash $BASH_VERSION is too old; bash 4.4 or newer is needed"
+usage() { sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; }
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
+  fail 2 "bash $BASH_VERSION is too old; bash 4.4 or newer is needed"
 line=("$0" "$@")
 
 case ${1-} in
   run | logs | stop | down) action=$1 && shift ;;
-  *) sed -n '2,18s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  -h | --help) usage; exit ;;
+  *) usage >&2; exit 2 ;;
 esac
 declare -A option=([commit]=HEAD [max-restarts]=5 [slices]=1)
 command=() kind=queued-resources capacity='' dry_run=0 allow_dirty=0
 while (($#)); do
   case $1 in
-    --name=* | --zone=* | --project=* | --type=* | --slices=* | --runtime=* | --commit=* | --repository=* | --max-restarts=*)
+    --name=* | --zone=* | --project=* | --type=* | --slices=* | --runtime=* | --commit=* | --repository=* | \
+      --max-restarts=*)
       key=${1%%=*} option[${key#--}]=${1#*=} ;;
     --spot | --reserved)
       [[ -z $capacity || $capacity == "$1" ]] || fail 2 "--spot, --reserved: both given; give one"
@@ -38,6 +45,7 @@ while (($#)); do
     --tpu-vm) kind=tpu-vm ;;
     --dry-run) dry_run=1 ;;
     --allow-dirty) allow_dirty=1 ;;
+    -h | --help) usage; exit ;;
     --) shift && command=("$@") && break ;;
     *) fail 2 "$(printf %q "$1"): not understood; options are written --name=value, the command stands behind --" ;;
   esac
@@ -54,9 +62,11 @@ check zone '[a-z]+-[a-z]+[0-9]+-[a-z]' "a zone such as us-east5-b"
 check project '([a-z0-9.-]+:)?[a-z][-a-z0-9]*[a-z0-9]' "a project id of a-z, 0-9 and -"
 check slices '[1-9][0-9]{0,2}' "a number of slices"
 slices=${option[slices]}
-((slices == 1)) || [[ $kind == queued-resources ]] || fail 2 "--slices, --tpu-vm: a TPU VM is one slice; leave out --tpu-vm"
+((slices == 1)) || [[ $kind == queued-resources ]] ||
+  fail 2 "--slices, --tpu-vm: a TPU VM is one slice; leave out --tpu-vm"
 poll=${LAUNCH_POLL:-30} progress=${LAUNCH_PROGRESS:-900}
-[[ "$poll $progress" =~ ^(0|[1-9][0-9]{0,5})\ (0|[1-9][0-9]{0,5})$ ]] || fail 2 "LAUNCH_POLL, LAUNCH_PROGRESS: not whole seconds; give numbers such as 30 and 900"
+[[ "$poll $progress" =~ ^(0|[1-9][0-9]{0,5})\ (0|[1-9][0-9]{0,5})$ ]] ||
+  fail 2 "LAUNCH_POLL, LAUNCH_PROGRESS: not whole seconds; give numbers such as 30 and 900"
 name=${option[name]} where=("--zone=${option[zone]}" "--project=${option[project]}" --quiet)
 nodes=("$name")
 if ((slices > 1)); then  # so Google Cloud calls them
@@ -71,12 +81,14 @@ check_run() {
   check max-restarts '0|[1-9][0-9]{0,5}' "a whole number"
   ((${#command[@]})) || fail 2 "COMMAND: missing; write it behind --"
   for word in "${command[@]}"; do
-    [[ $word =~ ^[][A-Za-z0-9_./:=,@%+\(\)\ -]+$ ]] || fail 2 "COMMAND: the word $(printf %q "$word") could mean something to a \
-shell; words may have letters, digits, spaces and _ . / : = , @ % + ( ) [ ] -"
+    [[ $word =~ ^[][A-Za-z0-9_./:=,@%+\(\)\ -]+$ ]] ||
+      fail 2 "COMMAND: the word $(printf %q "$word") could mean something to a shell; words may have letters, digits, \
+spaces and _ . / : = , @ % + ( ) [ ] -"
     case $word in
       --distributed*) fail 2 "COMMAND: leave out ${word%%=*}; --distributed=auto is added" ;;
       --workdir=gs://* | --workdir=/*) ;;
-      --workdir*) fail 2 "COMMAND: $word: not for all workers to see, and lost with them; write --workdir=gs://BUCKET/RUN" ;;
+      --workdir*)
+        fail 2 "COMMAND: $word: not for all workers to see, and lost with them; write --workdir=gs://BUCKET/RUN" ;;
     esac
   done
   [[ ${command[0]} != -* ]] || fail 2 "COMMAND: ${command[0]} is no program; write python -m ..."
@@ -86,7 +98,8 @@ shell; words may have letters, digits, spaces and _ . / : = , @ % + ( ) [ ] -"
   ((allow_dirty)) || [[ -z $(git -C "$root" status --porcelain --untracked-files=no) ]] ||
     fail 2 "--commit: changes in $root are not committed, so they would not run; commit them or say --allow-dirty"
   if [[ -z ${option[repository]-} ]]; then
-    option[repository]=$(git -C "$root" config --get remote.origin.url) || fail 2 "--repository: missing, and there is no origin; give a URL"
+    option[repository]=$(git -C "$root" config --get remote.origin.url) ||
+      fail 2 "--repository: missing, and there is no origin; give a URL"
     [[ -n $(git -C "$root" branch --remotes --contains "$commit" 2>/dev/null) ]] ||
       fail 2 "--commit: ${commit:0:12} is on no remote branch, so the workers cannot fetch it; git push it first"
   fi
@@ -95,10 +108,12 @@ shell; words may have letters, digits, spaces and _ . / : = , @ % + ( ) [ ] -"
     fail 2 "--repository: neither https://HOST/PATH nor git@HOST:PATH, plain and without user or token; give such a URL"
 }
 
-# What the workers run. COMMAND runs as long as the lock is held; a file with a process number could outlive its process.
+# What the workers run. COMMAND runs as long as the lock is held: a file with a process number could outlive its
+# process.
 # shellcheck disable=SC2016
 report_text='mkdir -p ~/piflow_run && cd ~/piflow_run && if ! flock -ns lock true; then s=running; '\
-'else s=$(cat status 2>/dev/null || echo lost); if [ -e stop ]; then case $s in 75|12[89]|1[3-9]?|2??) s=stopped ;; esac; fi; fi; '\
+'else s=$(cat status 2>/dev/null || echo lost); '\
+'if [ -e stop ]; then case $s in 75|12[89]|1[3-9]?|2??) s=stopped ;; esac; fi; fi; '\
 'echo "piflow-worker $(hostname) $(cat id 2>/dev/null || echo none) $s"'
 # shellcheck disable=SC2016
 tail_text='cd ~/piflow_run && { tail -n 200 -f "log.$(cat id)" & } && flock -s lock true && sleep 1 && kill $!'
@@ -106,15 +121,18 @@ tail_text='cd ~/piflow_run && { tail -n 200 -f "log.$(cat id)" & } && flock -s l
 stop_text='cd ~/piflow_run && touch stop && if ! flock -ns lock true; then kill "$(cat program)"; fi'
 # The machine's own Python is older than 3.11 on many runtimes: uv brings one.
 install_text() {
-  printf '%s' "export PATH=~/.local/bin:\$PATH; git init -q ~/piflow_jax && cd ~/piflow_jax && git fetch -q ${option[repository]} " \
-    "'+refs/heads/*:refs/remotes/origin/*' && git checkout -q -f --detach $commit && " \
+  printf '%s' "export PATH=~/.local/bin:\$PATH; git init -q ~/piflow_jax && cd ~/piflow_jax && " \
+    "git fetch -q ${option[repository]} '+refs/heads/*:refs/remotes/origin/*' && " \
+    "git checkout -q -f --detach $commit && " \
     "{ command -v uv >/dev/null || python3 -m pip install -q --user uv; } && " \
     "{ [ -x .venv/bin/python ] || uv venv -q --python 3.12 .venv; } && " \
     "uv pip install -q --python .venv/bin/python -c requirements.lock -e '.[tpu]'"
 }
-start_text() {  # Told twice, it starts once.
-  printf '%s' "mkdir -p ~/piflow_run && cd ~/piflow_run && exec 9>lock && if [ \"\$(cat id 2>/dev/null)\" = $id ]; then :; " \
-    "elif ! flock -n 9; then echo another command runs here >&2; exit 1; else rm -f status stop program; echo $id >id; " \
+start_text() {  # A worker that gets this twice starts COMMAND once.
+  printf '%s' "mkdir -p ~/piflow_run && cd ~/piflow_run && exec 9>lock && " \
+    "if [ \"\$(cat id 2>/dev/null)\" = $id ]; then :; " \
+    "elif ! flock -n 9; then echo another command runs here >&2; exit 1; " \
+    "else rm -f status stop program; echo $id >id; " \
     "(trap '' HUP; cd ~/piflow_jax; export PATH=~/piflow_jax/.venv/bin:\$PATH; " \
     "(echo \$BASHPID >~/piflow_run/program; exec$(printf ' %q' "${command[@]}") --distributed=auto) 9>&-; " \
     "echo \$? >~/piflow_run/status) >log.$id 2>&1 </dev/null & fi"
@@ -162,7 +180,8 @@ describe() {  # KIND NAME FIELD; sets state
   fi
   ((!dry_run)) || state=$pretend
 }
-look() {  # Sets state to READY, NOT_FOUND, UNKNOWN or what Google Cloud calls it: that of the first slice that is not READY.
+# Sets state to READY, NOT_FOUND, UNKNOWN or what Google Cloud calls it: that of the first slice that is not READY.
+look() {
   local node
   if [[ $kind == queued-resources ]]; then
     describe queued-resources "$name" state.state
@@ -180,14 +199,20 @@ again() {  # WHY
   [[ -z $began ]] || ((SECONDS - began < progress)) || restarts=0
   began=''
   ((++restarts <= option[max-restarts])) ||
-    fail 75 "$1, and --max-restarts=${option[max-restarts]} in a row are spent; the same line goes on. $name is left as it is"
+    fail 75 "$1, and --max-restarts=${option[max-restarts]} in a row are spent; the same line goes on. $name is left \
+as it is"
   say "$1: restart $restarts of at most ${option[max-restarts]} in a row"
   nap $((poll << (restarts < 5 ? restarts - 1 : 4)))
 }
 create() {
   local flags=("--accelerator-type=${option[type]}")
-  if [[ $kind == tpu-vm ]]; then flags+=("--version=${option[runtime]}"); else flags+=("--runtime-version=${option[runtime]}"); fi
-  if ((slices > 1)); then flags+=("--node-count=$slices" "--node-prefix=$name"); elif [[ $kind != tpu-vm ]]; then flags+=("--node-id=$name"); fi
+  if [[ $kind == tpu-vm ]]; then
+    flags+=("--version=${option[runtime]}")
+  elif ((slices > 1)); then
+    flags+=("--runtime-version=${option[runtime]}" "--node-count=$slices" "--node-prefix=$name")
+  else
+    flags+=("--runtime-version=${option[runtime]}" "--node-id=$name")
+  fi
   say "making $name ($slices x ${option[type]}${capacity:+, ${capacity#--}})"
   if cloud "$kind" create "$name" "${where[@]}" "${flags[@]}" ${capacity:+"$capacity"} 2>"$errors"; then
     may_create=0
@@ -209,7 +234,8 @@ get_ready() {
         say "$name is $state: nothing is left on it, it is made anew"
         delete; may_create=1 seen=1; continue ;;
       FAILED | STOPPED | HIDDEN)
-        fail 1 "$name is $state; gcloud compute tpus $kind describe $name ${where[*]:0:2} tells why; the same line with down deletes it" ;;
+        fail 1 "$name is $state; gcloud compute tpus $kind describe $name ${where[*]:0:2} tells why; the same line \
+with down deletes it" ;;
     esac
     if [[ $state != "$shown" ]] || ((++looks % 20 == 0)); then say "$name is $state after $SECONDS s"; fi
     shown=$state
@@ -235,7 +261,7 @@ follow() {  # Until COMMAND has ended on every worker; fails when the machine is
     case $state in
       READY)
         if ask && ! grep -q ' running$' <<<"$report"; then
-          # Its last words matter most.
+          # COMMAND's last words matter most.
           ((shown)) || on 0 "$tail_text"
           return 0
         fi ;;
@@ -263,7 +289,8 @@ detach() {
   exit "$1"
 }
 
-((dry_run)) || type -P gcloud >/dev/null || fail 2 "gcloud: not installed; see https://cloud.google.com/sdk/docs/install"
+((dry_run)) || type -P gcloud >/dev/null ||
+  fail 2 "gcloud: not installed; see https://cloud.google.com/sdk/docs/install"
 case $action in
   logs) on 0 "$tail_text"; exit ;;
   stop) on all "$stop_text"; exit ;;
@@ -279,7 +306,8 @@ while :; do
   ask || { nap "$poll"; ask; } || lost "asking the workers" || continue
   if grep -q ' running$' <<<"$report"; then
     id=$(awk '$4 == "running" {print $3; exit}' <<<"$report")
-    [[ $id == "$digest".* ]] || fail 2 "COMMAND: another command or commit runs on $name; stop that first: the same line with stop"
+    [[ $id == "$digest".* ]] ||
+      fail 2 "COMMAND: another command or commit runs on $name; stop that first: the same line with stop"
     say "COMMAND runs on $name: attached"
   else
     id=$digest.$(date +%s).$$.$((++attempt))
@@ -295,6 +323,7 @@ while :; do
     0) say "done; $name is left as it is, down deletes it"; exit 0 ;;
     75) again "COMMAND wants to be started again (75)" ;;
     stopped) fail 75 "COMMAND was stopped and has saved; the same line goes on" ;;
-    *) fail "$worst" "COMMAND ended with status $worst on $culprit and is not started again; its output: ~/piflow_run/log.$id on each worker" ;;
+    *) fail "$worst" "COMMAND ended with status $worst on $culprit and is not started again; its output: \
+~/piflow_run/log.$id on each worker" ;;
   esac
 done

@@ -1,4 +1,4 @@
-"""AdamW whose moments take one byte each, block by block (after Dettmers et al., arXiv 2110.02861), as an optax transformation."""
+"""AdamW with one-byte moments in blocks (after Dettmers et al., arXiv 2110.02861), as an optax transformation."""
 
 import math
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Scales lie where their parameter does, as codes do, along the axes that have enough blocks for it.
+# Codes and scales lie where their parameter does; scales only along axes whose number of blocks the mesh divides.
 SHARDING = ((r"(mu|nu)_scale/.*", None),)
 LEAST = 1024  # entries; a smaller array keeps its moments in float32 (the paper: 4096, too many where arrays are small)
 LEAST_BLOCK = 64  # entries, for two scales of four bytes; an array that no axis cuts into such blocks stays float32 too
@@ -23,30 +23,37 @@ class Adam8State(NamedTuple):
   nu_scale: Any
 
 
-def adamw8(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, block=256):
+def adamw8(learning_rate, *, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, mask=None, block=256):
   """optax.adamw with 8-bit moments: about 2.06 bytes a parameter instead of 8.
 
-  A moment m is stored as 127 cbrt(m / max |m|), a whole number, with the maximum over a block, and v likewise as sqrt(v), in
-  255 levels: relative steps are alike over six decades. (The paper has a table of 256 values; powers are elementwise, which
-  TPUs are better at.) Rounded up or down by chance, so that m and v are right on average: rounded to the nearest level, a v
-  that falls by less than half of one a step, as it does with b2 = 0.999, would never fall. The draws are of (count, leaf),
-  whatever the run's seed: runs of several seeds share them. A v above 0 stays above 0, so that no quotient m / sqrt(v) explodes.
+  A moment m is stored as the whole number 127 cbrt(m / max |m|), with the maximum over a block, and sqrt(v) likewise
+  in 255 levels: relative steps are alike over six decades. (The paper has a table of 256 values; powers are
+  elementwise, which TPUs are better at.) Rounding is stochastic, so m and v are right on average: with rounding to the
+  nearest level, a v that falls by less than half a level a step, as it does with b2 = 0.999, would never fall. The
+  draws come from (count, leaf) and not from the run's seed: runs of several seeds share them. A v above 0 stays above
+  0, so no quotient m / sqrt(v) explodes.
 
   Args:
-    learning_rate, b1, b2, eps, weight_decay: as of optax.adamw.
+    learning_rate, b1, b2, eps, weight_decay, mask: as of optax.adamw.
     block: entries that share a scale, at most; they lie along one axis, see `blocks`.
   """
   return optax.chain(
-      scale_by_adam8(b1, b2, eps, block), optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate))
+      scale_by_adam8(b1, b2, eps, block), optax.add_decayed_weights(weight_decay, mask),
+      optax.scale_by_learning_rate(learning_rate))
 
 
 def scale_by_adam8(b1, b2, eps, block):
   """The m / sqrt(v) of `adamw8`."""
   def init(params):
-    zeros = lambda kind: jax.tree.map(lambda p: _zeros(p, kind, block), params)
-    pick = lambda tree, i: jax.tree.map(lambda pair: pair[i], tree, is_leaf=lambda x: isinstance(x, tuple))
-    mu, nu = zeros(jnp.int8), zeros(jnp.uint8)
-    return Adam8State(jnp.zeros((), jnp.int32), pick(mu, 0), pick(nu, 0), pick(mu, 1), pick(nu, 1))
+    leaves, tree = jax.tree.flatten(params)
+
+    def zeros(kind):
+      pairs = [_zeros(p, kind, block) for p in leaves]
+      return [jax.tree.unflatten(tree, [pair[i] for pair in pairs]) for i in range(2)]
+
+    mu, mu_scale = zeros(jnp.int8)
+    nu, nu_scale = zeros(jnp.uint8)
+    return Adam8State(jnp.zeros((), jnp.int32), mu, nu, mu_scale, nu_scale)
 
   def update(grads, state, params=None):
     del params
@@ -75,7 +82,8 @@ def scale_by_adam8(b1, b2, eps, block):
 def encode(x, kind, block, uniform):
   """(codes shaped like x, scales) of values x, rounded by uniform draws in [0, 1).
 
-  Kind int8: on average decode gives x. Kind uint8, for values >= 0: on average decode^2 gives x^2, but for the lowest level.
+  Kind int8: decode gives x on average. Kind uint8, for values >= 0: decode^2 gives x^2 on average, except in the
+  lowest level, which keeps a value above 0 from becoming 0.
   """
   axis, entries = blocks(x.shape, block)
   scale = jnp.max(jnp.abs(x).reshape(*x.shape[:axis], -1, entries, *x.shape[axis + 1:]), axis=axis + 1)
@@ -89,7 +97,7 @@ def encode(x, kind, block, uniform):
 
 
 def decode(codes, scale):
-  """The float32 values of `encode`'s; codes that are float32 are values themselves."""
+  """The float32 values that `encode` was given; codes in float32 are the values themselves."""
   if codes.dtype == jnp.float32:
     return codes
   axis, = (i for i, (n, blocks) in enumerate(zip(codes.shape, scale.shape)) if n != blocks)
@@ -100,12 +108,17 @@ def decode(codes, scale):
 def blocks(shape, block):
   """(axis that is cut into blocks, entries in one) for an array of a shape, or None where 8 bits are not worth it.
 
-  A mesh cuts arrays too, and a block that lies on two devices costs sending. So that its cuts fall elsewhere, or between
-  blocks, the axis is the one that leaves another that divides best (cut along the heads' 72, the width's 1152 stays
-  whole); of its blocks it takes those whose number divides best, then the longest. A small array takes the longest.
+  A mesh cuts arrays too, and a block that lies on two devices costs sending. To keep the mesh's cuts on other axes, or
+  between blocks, `blocks` picks the axis that leaves another with the most factors of two (blocks along the heads' 72
+  leave the width's 1152 whole); then, on that axis, the block length whose number of blocks has the most factors of
+  two; then the longest. A small array takes the longest.
   """
   parts = 128 if math.prod(shape) >= 2**20 else 1
-  divides = lambda n, most: math.gcd(n, min(most, parts))  # into so many parts, where these are a power of two
+
+  def divides(n, most):
+    """The largest power of two, up to `most`, that divides n."""
+    return math.gcd(n, min(most, parts))
+
   found = []
   for axis, n in enumerate(shape):
     others = max((divides(m, 128) for m in shape[:axis] + shape[axis + 1:]), default=1)
@@ -122,4 +135,5 @@ def _zeros(p, kind, block):
   if found is None:
     return jnp.zeros(p.shape, jnp.float32), jnp.zeros(())
   axis, entries = found
-  return jnp.zeros(p.shape, kind), jnp.zeros((*p.shape[:axis], p.shape[axis] // entries, *p.shape[axis + 1:]), jnp.float32)
+  scales = (*p.shape[:axis], p.shape[axis] // entries, *p.shape[axis + 1:])
+  return jnp.zeros(p.shape, kind), jnp.zeros(scales, jnp.float32)

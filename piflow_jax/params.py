@@ -1,4 +1,10 @@
-"""Parameter trees by path: nested dicts whose leaves are named like "blocks/attention/qkv/kernel"."""
+"""Parameter trees by path: nested dicts whose leaves are named like "blocks/attention/qkv/kernel".
+
+One language of patterns serves sharding, what is trained, weight decay and converters: a regular expression that the
+end of a path must match, from a border between names on.
+"""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +25,52 @@ def named_leaves(tree):
   return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def ends_with(pattern, name):
+  """Whether the end of a path matches a pattern."""
+  return re.search(f"(^|/)({pattern})$", name) is not None
+
+
+def is_any(patterns, name):
+  """Whether a path is named by one of the patterns."""
+  return any(ends_with(pattern, name) for pattern in patterns)
+
+
+def select(tree, keep):
+  """The nested dict of those leaves whose path `keep(name)` holds for; branches without any are left out."""
+  found = {}
+  for name, leaf in named_leaves(tree).items():
+    if keep(name):
+      *parents, last = name.split("/")
+      node = found
+      for parent in parents:
+        node = node.setdefault(parent, {})
+      node[last] = leaf
+  return found
+
+
 def overlay(base, params, like):
   """A tree shaped like `like`: each leaf from params where it has one, else from base.
 
   A student is its teacher's tree overlaid by what is trained, so that frozen weights exist once.
 
   Raises:
-    KeyError: a leaf that neither has.
+    ValueError: a leaf that neither has, or one of another shape.
   """
   trained, inherited = named_leaves(params), named_leaves(base)
-  return map_with_path(lambda name, _: trained[name] if name in trained else inherited[name], like)
+
+  def pick(name, leaf):
+    found = trained.get(name, inherited.get(name))
+    if found is None:
+      raise ValueError(f"{name}: is neither trained nor in the base")
+    if found.shape != leaf.shape:
+      raise ValueError(f"{name}: is {tuple(found.shape)}, the network has {tuple(leaf.shape)}")
+    return found
+
+  return map_with_path(pick, like)
 
 
 def ema_decay(step, *, gamma=7.0, start=0, max_decay=1.0):
-  """Power-function EMA, beta = (1 - 1/n)^(gamma + 1) with n = step - start + 1 (Karras et al., arXiv 2312.02696).
+  """Power-function EMA, beta = (1 - 1/n)^(gamma + 1) with n = step - start + 1 (method.md, 11).
 
   Args:
     step: updates made before this one. Up to and with `start` the average is a copy.

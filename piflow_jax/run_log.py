@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl, TensorBoard events, pictures, and the config that it belongs to."""
+"""What a run leaves to look at: metrics.jsonl, TensorBoard events, pictures."""
 
 import contextlib
 import functools
@@ -13,124 +13,47 @@ import tensorboardX
 
 from piflow_jax import errors
 
-# Fields that say how a run is watched, placed or how long it is, not what it computes: these may change on a restart.
-# (Not the length of a cosine schedule, which is in every step's learning rate.)
-_FREE = ("steps", "log_every", "eval_every", "eval_batches", "image_every", "checkpoint_every", "keep_checkpoints",
-         "keep_every", "profile_steps", "sharding_rules", "zero", "microbatches", "network.remat", "network.attention",
-         "network.unroll", "mesh.", "sampling.", "evaluation.")
-_MEANING = ("method", "network.", "policy.", "flow.")  # fields that say what the weights are
 
-
-def _plain(value):
-  if callable(value):
-    return f"{value.__module__}:{value.__qualname__}"
-  if isinstance(value, (tuple, list)):
-    return [_plain(v) for v in value]
-  return value
-
-
-def flat_config(config):
-  """{"a.b": plain value} of a config, references as "module:name"."""
-  flat = {}
-  for key, value in config.items():
-    if hasattr(value, "items"):
-      flat |= {f"{key}.{k}": v for k, v in flat_config(value).items()}
-    else:
-      flat[key] = _plain(value)
-  return flat
-
-
-def claim(workdir, config, write=True):
-  """Make the workdir this config's, or find that it already is; only one process is to `write`.
-
-  Raises:
-    errors.UserError: it cannot be written, or belongs to a run of another config.
-  """
-  folder, flat = epath.Path(workdir), flat_config(config)
-  path = folder / "config.json"
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-      _compare(json.loads(path.read_text()), flat, workdir)
-    if write:
-      temporary = folder / "config.json.tmp"
-      temporary.write_text(json.dumps(flat, indent=1))
-      temporary.replace(path)
-  except (OSError, NotImplementedError) as e:
-    raise errors.UserError(f"--workdir: cannot write to {str(workdir)!r} ({e}); choose a folder that you may write") from e
-  except json.JSONDecodeError as e:
-    raise errors.UserError(f"--workdir: {path} is not a config ({e}); choose another workdir") from e
-
-
-def _compare(old, new, workdir):
-  fixed = ("steps",) if new.get("optimizer.schedule") == "cosine" else ()
-  matter = lambda keys: [k for k in sorted(keys) if k in fixed or not k.startswith(_FREE)]
-  if differ := _differences(old, new, matter(old.keys() & new.keys())):
-    raise errors.UserError(
-        f"--workdir: {str(workdir)!r} holds a run of another config ({differ}); choose another workdir or that config")
-  # Of another version of the package: a field that did not exist then has done no harm, and its default should be what was.
-  if other := matter(old.keys() ^ new.keys()):
-    logging.warning("%s was begun by a version without, or with other, fields of the config (%s): check that they mean what it was "
-                    "begun with", workdir, ", ".join(f"config.{k}={new.get(k, old.get(k))!r}" for k in other[:5]))
-
-
-def _differences(old, new, keys):
-  differ = [k for k in keys if old[k] != new[k]]
-  shown = "; ".join(f"config.{k} is {new[k]!r}, was {old[k]!r}" for k in differ[:3])
-  return shown + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
-
-
-def warn_of_other(workdir, config):
-  """Warn where `config`, by which a run is to be drawn from, has another network, policy or flow than it was trained with.
-
-  Weights can fit and mean something else. A converted checkpoint has no config to be held against.
-  """
-  try:
-    old = json.loads((epath.Path(workdir) / "config.json").read_text())
-  except (OSError, json.JSONDecodeError):
-    return
-  new = flat_config(config)
-  keys = [k for k in sorted(old.keys() & new.keys()) if k.startswith(_MEANING) and not k.startswith(_FREE)]
-  if differ := _differences(old, new, keys):
-    logging.warning("%s was trained otherwise: %s", workdir, differ)
-
-
-def stopwatch(before, clock=time.time):
+def stopwatch(before, ticks=time.monotonic):
   """() -> seconds of the sessions before, and of this one from now on."""
-  began = clock()
-  return lambda: before + clock() - began
+  began = ticks()
+  return lambda: before + ticks() - began
 
 
 class Goodput:
   """The share of wall time since the run first started that went into steps which are still part of it.
 
   Counted as steps: the time from handing a step to the devices until the loss of the one before is known. Not counted:
-  start-up, restoring and compiling (all before a session's second step), evaluation, pictures, saving, waiting for data (even
-  where the devices were still at work), the time between sessions, and steps made after the checkpoint from which a later
-  session went on. The clock starts with the first session that saved anything, at the beginning of its `train`, which the
-  imports precede.
+  start-up, restoring and compiling (all before a session's second step), evaluation, pictures, saving, waiting for data
+  (even where the devices were still at work), the time between sessions, and steps made after the checkpoint from which
+  a later session went on. The clock starts with the first session that saved anything, at the beginning of its `train`,
+  which the imports precede. Only the time between sessions is read off the wall clock: setting that back can shorten
+  it to nothing, not below.
   """
 
-  def __init__(self, position, clock=time.time):
-    """position: of the checkpoint, in which `saved` is; or without it at a run's start."""
-    self._clock = clock
-    self._began = position.get("began", clock())
-    self._in_steps = position.get("in_steps", 0.0)
+  def __init__(self, position, clock=time.time, ticks=time.monotonic):
+    """position: of the checkpoint, with what `saved` returned; at a run's start {} or {"began": time}."""
+    self._clock, self._ticks, self._entered = clock, ticks, ticks()
+    self._in_steps = max(position.get("in_steps", 0.0), 0.0)
+    self._before = max(clock() - position.get("began", clock()), self._in_steps)
     self._compiled = False
 
   @contextlib.contextmanager
   def step(self):
-    entered = self._clock()
+    entered = self._ticks()
     yield
     if self._compiled:
-      self._in_steps += self._clock() - entered
+      self._in_steps += self._ticks() - entered
     self._compiled = True
 
   def share(self):
-    return self._in_steps / max(self._clock() - self._began, 1e-9)
+    return self._in_steps / max(self._total(), 1e-9)
 
   def saved(self):
-    return {"began": self._began, "in_steps": self._in_steps}
+    return {"began": self._clock() - self._total(), "in_steps": self._in_steps}
+
+  def _total(self):
+    return self._before + self._ticks() - self._entered
 
 
 class RunLog:
@@ -184,12 +107,21 @@ class RunLog:
 
 
 def read_metrics(workdir):
-  """The lines of metrics.jsonl; a last line that was cut off by a kill is left out."""
+  """The lines of metrics.jsonl as dicts. Those that cannot be read are left out, with a warning.
+
+  None for a last line without an end: a kill cut it off.
+  """
   path = epath.Path(workdir) / "metrics.jsonl"
-  lines = []
-  for text in path.read_text().splitlines() if path.exists() else []:
+  lines, bad = [], []
+  *texts, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+  for number, text in enumerate([*texts, rest], 1):
     try:
-      lines.append(json.loads(text))
-    except json.JSONDecodeError:
-      break
+      line = json.loads(text)
+      lines.append(line | {"step": int(line["step"])})
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+      if text.strip() and number <= len(texts):
+        bad.append(number)
+  if bad:
+    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    logging.warning("%s: line %d%s cannot be read and is left out", path, bad[0], more)
   return lines

@@ -1,161 +1,185 @@
-r"""Draw images from a run: from a student in its few network calls, from a teacher in many.
+"""Draw images from a run: from a student in its few network calls, from a teacher in many.
 
-  python -m piflow_jax.sample --config=configs/digits.py:student --workdir=runs/digits/student --out=samples.png
-  python -m piflow_jax.sample --config=configs/imagenet_dit.py:XL,repa-1nfe --workdir=DIR --labels=207,360 \
-      --autoencoder=DIR --out=samples.png
+  python -m piflow_jax.sample --workdir=runs/digits/student --out=samples.png
+  python -m piflow_jax.sample --workdir=DIR --labels=207,360 --autoencoder=DIR --out=samples.png
 
---workdir is one of piflow_jax.main, or what piflow_jax.convert from-torch made of a PyTorch checkpoint; --config its config.
-The averaged weights are drawn from; a student needs no teacher's, so config.teacher.checkpoint may be missing or gone.
+--workdir is one of piflow_jax.main, or what piflow_jax.convert from-torch made of a PyTorch checkpoint; its own
+config is read from it. The averaged weights are drawn from; a student needs no teacher's, unless a part of it is the
+teacher's.
 
-How is said by config.sampling: --config.sampling.nfe=N calls (of a student those that it is trained for, if its policy has
-segments of its own), h (stochasticity), temperature (GM), solver (a teacher's). Guidance is in a student's weights; a
-teacher is drawn from without any: --config.teacher is what its student sees. --config.evaluation.batch_size=N bounds how
-many are drawn at once.
+How is set by --config.sampling.nfe=N calls (of a student those that it is trained for), --config.sampling.h
+(stochasticity), --config.policy.temperature (GM), --config.method.solver (a teacher's). Guidance is in a student's
+weights; a teacher is drawn from without any. --config.evaluation.batch_size=N bounds how many are drawn at once.
 
---out=FILE.png is a grid, a row a label: images of 1 or 3 channels in [-1, 1]. Latents become such ones by --autoencoder, the
-workdir that piflow_jax.convert from-torch made of Stable Diffusion's or FLUX's; its scale and shift are applied.
---out=FILE.npz holds x_0 [n, H, W, C] and labels [n], as drawn, and with --autoencoder also images, not clipped.
-The same seed, label and number in its row give the same noise, whatever else is drawn.
+--labels chooses rows: classes by number or name; where conditions are more than a label, numbers of held-out records.
+--out=FILE.png is a grid, a row a label: pictures of 1 or 3 channels in [-1, 1], a video's frames side by side. Latents
+become pictures by --autoencoder, the workdir that piflow_jax.convert from-torch made of Stable Diffusion's or
+FLUX's; its scale and shift are applied. --out=FILE.npz holds x_0 [n, ...] and labels [n], and with --autoencoder
+also images, not clipped. The same seed, label and number in its row give the same noise, whatever else is drawn.
 """
 
 import pathlib
 
 from absl import flags
+from absl import logging
 import jax
 import numpy as np
 import tqdm
 
 from piflow_jax import build
-from piflow_jax import checkpoint
 from piflow_jax import errors
-from piflow_jax import latents
-from piflow_jax import main as program
-from piflow_jax import run_log
+from piflow_jax import images
+from piflow_jax import program
 from piflow_jax import sampler
 from piflow_jax import sharding
-from piflow_jax import train_loop
-from piflow_jax.evaluation import figures
+from piflow_jax import train_step
+from piflow_jax import weights
+from piflow_jax import workdir as workdir_lib
+from piflow_jax.data import spec as spec_lib
 from piflow_jax.models import autoencoder as autoencoder_lib
 
-LABELS = flags.DEFINE_list("labels", None, "Classes, a row each; the first ten if not given.")
-NUM = flags.DEFINE_integer("num", 8, "Images of each label.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Of the noises.")
-OUT = flags.DEFINE_string("out", None, "File to write: .png or .npz.")
-AUTOENCODER = flags.DEFINE_string("autoencoder", None, "Workdir of a converted autoencoder, to decode latents by.")
-
 _DECODED = 8  # images a device decodes at once: 256 x 256 ones take 0.22 GiB each, by XLA
+_WAY = 2**31 - 1  # folded into the key of what is drawn on the way (h > 0)
 
 
-def draw(config, workdir, labels, numbers, *, seed, mesh):
-  """Images by the averaged weights in workdir, as config.sampling says.
+def _define(values):
+  flags.DEFINE_list("labels", None, "Classes, or held-out records, a row each; the first ten if not given.",
+                    flag_values=values)
+  flags.DEFINE_integer("num", 8, "Images of each label.", lower_bound=1, upper_bound=10**6, flag_values=values)
+  flags.DEFINE_integer("seed", 0, "Of the noises.", lower_bound=0, upper_bound=2**31 - 1, flag_values=values)
+  flags.DEFINE_string("out", None, "File to write: .png or .npz.", flag_values=values)
+  flags.DEFINE_string("autoencoder", None, "Workdir of a converted autoencoder, to decode latents by.",
+                      flag_values=values)
+
+
+def draw(config, run, workdir, cond, ids, *, seed, mesh):
+  """Samples by the averaged weights in workdir, as config.sampling says.
 
   Args:
     config: of the run.
+    run: of `build.run`.
     workdir: local or gs://.
-    labels: [n] classes.
-    numbers: [n] which one of its label each image is: its noise is of (seed, label, number).
+    cond: tree of conditions [n, ...].
+    ids: [n] rows that they are of. The j-th sample of row i has noise of (seed, i, j).
     seed: a whole number.
     mesh: of `sharding.make_mesh`.
   Returns:
-    x_0, [n, H, W, C] float32.
+    x_0, [n, ...] float32.
   Raises:
-    errors.UserError: fields that do not fit, or no weights that do.
+    errors.UserError: no weights that fit.
+    errors.NotFinite: what is drawn are no numbers.
   """
-  jitted = train_loop.compile_run(config, mesh, build.run(config))
-  params = checkpoint.load_weights(workdir, jitted["state"].ema, "ema", "--workdir")
-  run_log.warn_of_other(workdir, config)
+  jitted = train_step.compile(config, mesh, run)
+  params = weights.load(workdir, jitted.state.ema, "ema", "--workdir")
+  base = train_step.load_base(config, run, jitted)
+  split = jax.NamedSharding(mesh, sharding.BATCH)
   key = jax.random.key(seed)
-  noise = jax.vmap(lambda label, i: jax.random.normal(
-      jax.random.fold_in(jax.random.fold_in(key, label), i), tuple(config.data.shape)))
-  noise = jax.jit(noise, out_shardings=jax.NamedSharding(mesh, sharding.BATCH))
-  way = jax.random.fold_in(key, 2**31 - 1)  # of what is drawn on the way, h > 0
 
-  def batch(i, labels, numbers):
-    # All weights of today's students are their own: there is nothing to take from the teacher.
-    return jitted["draw"](params, None, noise(labels, numbers), labels, jax.random.fold_in(way, i))
+  def noise_of(row, number):
+    own = jax.random.fold_in(jax.random.fold_in(key, row), number)
+    return jax.random.normal(own, run.data.spec.x_0), jax.random.fold_in(own, _WAY)
 
-  return _by_batches(batch, config.evaluation.batch_size, mesh, f"{workdir}: sampling", labels, numbers)
+  noises = jax.jit(jax.vmap(noise_of), out_shardings=split)
+
+  def batch(cond, ids, numbers):
+    noise, keys = noises(ids, numbers)
+    return jitted.draw(params, base, noise, cond, keys)
+
+  x_0 = _by_batches(batch, config.evaluation.batch_size, mesh, f"{workdir}: sampling", cond, ids, _numbers(ids))
+  if not np.isfinite(x_0).all():
+    bad = int((~np.isfinite(x_0.reshape(len(x_0), -1)).all(1)).sum())
+    raise errors.NotFinite(f"{bad} of {len(x_0)} samples of {workdir} are not finite; its weights are broken, or "
+                           "config.sampling takes them where they were not trained")
+  return x_0
+
+
+def _numbers(ids):
+  """[n] which one of its row each sample is."""
+  order = np.argsort(ids, kind="stable")
+  numbers = np.empty(len(ids), np.int32)
+  numbers[order] = np.arange(len(ids)) - np.searchsorted(ids[order], ids[order])
+  return numbers
 
 
 def decode(autoencoder, x_0, mesh):
-  """Images [n, H, W, channels] of latents x_0 [n, h, w, C], by what `latents.load` gave."""
+  """Images [n, H, W, channels] of latents x_0 [n, h, w, C], by what `weights.load_autoencoder` gave."""
   net, params, scales = autoencoder
-  decoded = lambda params, x: net.apply({"params": params}, autoencoder_lib.from_latents(x, **scales), method="decode")
-  decoded = jax.jit(sharding.under(mesh, decoded), out_shardings=sharding.replicated(mesh))
-  return _by_batches(lambda i, x: decoded(params, x), _DECODED * sharding.sample_parts(mesh), mesh, "decoding", x_0)
+
+  def decoded(params, x):
+    return net.apply({"params": params}, autoencoder_lib.from_latents(x, **scales), method="decode")
+
+  jitted = jax.jit(sharding.under(mesh, decoded), out_shardings=sharding.replicated(mesh))
+  size = _DECODED * sharding.sample_parts(mesh)
+  return _by_batches(lambda x: jitted(params, x), size, mesh, "decoding", x_0)
 
 
-def _by_batches(f, size, mesh, name, *arrays):
-  """f(batch's number, *parts) of arrays [n, ...], split over the mesh, at most about `size` rows at once."""
-  n, parts = len(arrays[0]), sharding.sample_parts(mesh)
+def _by_batches(f, size, mesh, name, *trees):
+  """f(*parts) of trees of arrays [n, ...], split over the mesh, at most about `size` rows at once."""
+  leaves, structure = jax.tree.flatten(trees)
+  n, parts = len(leaves[-1]), sharding.sample_parts(mesh)
   size = -(-min(n, max(size, 1)) // parts) * parts
   split, done = jax.NamedSharding(mesh, sharding.BATCH), []
   with tqdm.tqdm(total=n, unit="image", desc=name, disable=jax.process_index() > 0 or None) as bar:
-    for i, batch in enumerate(sampler.batches(size, *arrays)):
-      done.append(np.asarray(f(i, *(jax.device_put(x, split) for x in batch)), np.float32))
+    for batch in sampler.batches(size, *leaves):
+      placed = [jax.device_put(x, split) for x in batch]
+      done.append(np.asarray(f(*jax.tree.unflatten(structure, placed)), np.float32))
       bar.update(min(size, n - bar.n))
   return np.concatenate(done)[:n]
 
 
-def _chosen_labels(classes):
-  chosen = LABELS.value
-  if chosen is None:
-    return list(range(min(10, classes)))
-  if not chosen or not all(label.isdecimal() and int(label) < classes for label in chosen) or len(set(chosen)) < len(chosen):
-    raise errors.UserError(f"--labels: {','.join(chosen) or 'nothing'}; give classes from 0 to {classes - 1}, each once")
-  return [int(label) for label in chosen]
-
-
-def _load_autoencoder(config, mesh):
-  if AUTOENCODER.value is None:
+def _load_autoencoder(folder, spec, mesh):
+  if folder is None:
     return None
-  found = latents.load(AUTOENCODER.value, sharding.replicated(mesh))
-  if found[0].latent_channels != config.data.shape[-1]:
-    raise errors.UserError(f"--autoencoder: {AUTOENCODER.value!r} has latents of {found[0].latent_channels} channels, "
-                           f"config.data.shape is {tuple(config.data.shape)}; give the one that these latents are of")
+  flag = "--autoencoder"
+  found = weights.load_autoencoder(workdir_lib.path_of(folder, flag), sharding.replicated(mesh), flag)
+  if found[0].latent_channels != spec.x_0[-1]:
+    raise errors.UserError(f"{flag}: {folder!r} has latents of {found[0].latent_channels} channels, the data's have "
+                           f"{spec.x_0[-1]}; give the one that these latents are of")
   return found
 
 
-def _check_channels(channels):
-  if OUT.value.lower().endswith(".png") and channels not in (1, 3):
-    raise errors.UserError(f"--out: a .png shows 1 or 3 channels, not {channels}; give --autoencoder for latents, or a .npz")
-
-
-def _write(path, x_0, labels, images, columns):
+def _write(path, x_0, ids, decoded, columns):
   """All of the file, or nothing."""
   partial = path.with_name(path.name + ".partial")
   try:
     with partial.open("wb") as f:
       if path.suffix.lower() == ".npz":
-        np.savez(f, x_0=x_0, labels=labels, **({} if images is None else {"images": images}))
+        np.savez(f, x_0=x_0, labels=ids, **({} if decoded is None else {"images": decoded}))
       else:
-        from PIL import Image
-
-        Image.fromarray(figures.image_grid(x_0 if images is None else images, columns)).save(f, "PNG")
+        f.write(images.png(images.image_grid(x_0 if decoded is None else decoded, columns)))
     partial.replace(path)
   except OSError as e:
     partial.unlink(missing_ok=True)
     raise errors.UserError(f"--out: cannot write {str(path)!r} ({e})") from e
 
 
-def _main(argv):
-  del argv
-  config = program.CONFIG.value
-  if not OUT.value.lower().endswith((".png", ".npz")):
-    raise errors.UserError(f"--out: {OUT.value!r} ends neither in .png nor in .npz")
-  program.check_file(OUT)
-  chosen = _chosen_labels(config.data.num_classes)
-  mesh = sharding.make_mesh(**config.mesh)
-  autoencoder = _load_autoencoder(config, mesh)
-  _check_channels(autoencoder[0].channels if autoencoder else config.data.shape[-1])
-  labels, numbers = (x.ravel().astype(np.int32) for x in np.meshgrid(chosen, np.arange(NUM.value), indexing="ij"))
-  x_0 = draw(config, program.WORKDIR.value, labels, numbers, seed=SEED.value, mesh=mesh)
-  images = decode(autoencoder, x_0, mesh) if autoencoder else None
+def _main(given):
+  config, values = given.config, given.flags
+  path = pathlib.Path(values.out).expanduser()
+  if path.suffix.lower() not in (".png", ".npz"):
+    raise errors.UserError(f"--out: {values.out!r} ends neither in .png nor in .npz")
+  program.check_file(values, "out")
+  mesh, run = build.mesh(config), build.run(config)
+  workdir_lib.warn_of_other(given.workdir, config)
+  if remark := run.method.calls(config.sampling.nfe, config.sampling.h):
+    logging.warning("%s", remark)
+  try:
+    cond, ids, names = spec_lib.conditions(run.data, values.labels, num=values.num)
+  except ValueError as e:
+    raise errors.UserError(f"--labels: {str(e).removeprefix('chosen: ')}") from e
+  autoencoder = _load_autoencoder(values.autoencoder, run.data.spec, mesh)
+  if autoencoder is None and path.suffix.lower() == ".png" and not images.shows(run.data.spec.x_0):
+    raise errors.UserError(f"--out: a .png shows pictures of 1 or 3 channels, x_0 is {run.data.spec.x_0}; give "
+                           "--autoencoder for latents, or a .npz")
+  x_0 = draw(config, run, given.workdir, cond, ids, seed=values.seed, mesh=mesh)
+  decoded = decode(autoencoder, x_0, mesh) if autoencoder else None
   if jax.process_index() == 0:
-    _write(pathlib.Path(OUT.value), x_0, labels, images, NUM.value)
-    print(f"wrote {OUT.value}: {len(x_0)} images, labels {','.join(map(str, chosen))}")
+    _write(path, x_0, ids, decoded, values.num)
+    print(f"wrote {values.out}: {len(x_0)} samples" + (f", rows {', '.join(names)}" if any(names) else ""))
   return 0
 
 
+PROGRAM = program.Program(_main, _define, __doc__, needs=("workdir", "out"))
+
 if __name__ == "__main__":
-  program.run(_main, required=("config", "workdir", "out"))
+  program.run(PROGRAM)

@@ -2,10 +2,10 @@
 
   python -m tests.chaos --kills=20 --seed=0
 
-A kill is who is hit by what (one process, the other, both; SIGKILL, SIGTERM, a notice that is not waited for) at which moment:
-while a checkpoint is written, between two steps, before the first step, while the last checkpoint is written. Each time the
-same command starts the group again. Exit status 1: something differs, a restart ended by anything but 0, 75 or a kill, or a
-survivor did not end within --bound seconds.
+A kill hits somebody (one process, the other, both) with something (SIGKILL, SIGTERM, a notice that is not waited for)
+at some moment: while a checkpoint is written, between two steps, before the first step, while the last checkpoint is
+written. Each time the same command starts the group again. Exit status 1: something differs, a restart ended by
+anything but 0, 75 or a kill, or a survivor did not end within --bound seconds.
 """
 
 import argparse
@@ -25,14 +25,15 @@ import numpy as np
 
 from piflow_jax import build
 from piflow_jax import checkpoint
+from piflow_jax import errors
 from piflow_jax import sharding
-from piflow_jax import train_loop
+from piflow_jax import train_step
 from tests import group
 from tests import tiny
 
 EVERY = 3  # steps between checkpoints
 MOMENTS = ("save", "step", "save", "start", "save", "step")
-# (process, both of them, or the launcher too; signal) of what is sent one after the other, with pauses of up to a second.
+# Attack -> [(who: a process, both of them, or the launcher too; signal)], sent in turn with pauses of up to a second.
 ATTACKS = {
     "KILL 1": [(1, signal.SIGKILL)], "TERM 0": [(0, signal.SIGTERM)], "KILL 0": [(0, signal.SIGKILL)],
     "TERM 1": [(1, signal.SIGTERM)], "KILL both": [("both", signal.SIGKILL)], "TERM group": [("group", signal.SIGTERM)],
@@ -40,10 +41,10 @@ ATTACKS = {
     "TERM 1, KILL 1": [(1, signal.SIGTERM), (1, signal.SIGKILL)],
 }
 KILLED = {128 + s for s in (signal.SIGKILL, signal.SIGTERM)}
-# What a survivor says, or is said of it, by the status that it ends with.
+# Status that a survivor ends with -> words that it or the launcher writes then.
 WORDS = {
     75: ["another process of this run is gone; start all of them again"],
-    # Where Python does not come to learn of it, JAX's own thread aborts, or Gloo over a half-sent message.
+    # JAX's own thread aborts, or Gloo does over a half-sent message, before Python learns of the death.
     134: ["This most likely indicates that another task died", "Received data size doesn't match expected size"],
     # JAX waits five minutes for a process that died before they knew one another, the launcher does not.
     137: ["a process died 75 seconds ago and others still wait for it: killed"],
@@ -56,7 +57,7 @@ def draw(kills, steps, rng):
   attacks = [list(ATTACKS)[i % len(ATTACKS)] for i in range(kills)]
   rng.shuffle(moments)
   rng.shuffle(attacks)
-  # Some steps before the end: a run that a notice stops makes two more, and one that is finished cannot be killed.
+  # Not later: a run that a notice stops makes two more steps, and a finished run cannot be killed.
   froms = [round((steps - 9) * (i + rng.random()) / kills) for i in range(kills)]
   if kills >= 10:
     moments[-1], froms[-1] = "last save", steps
@@ -78,7 +79,7 @@ class Session:
     return self.process.poll() is None
 
   def output(self):
-    """Less Gloo's greetings and the progress bar."""
+    """The output without Gloo's greetings and the progress bar."""
     return "\n".join(line for line in re.split(r"[\r\n]+", self._log.read_text())
                      if not re.search(r"\[Gloo\]|step/s|s/step", line))
 
@@ -96,7 +97,7 @@ class Session:
     return said is not None and self.logged() > int(said[1] or 0)
 
   def writing(self):
-    """Steps of the checkpoints that this session is writing; what an earlier one has left lies there too for a while."""
+    """Steps of the checkpoints that this session is writing; an earlier one's may lie there too for a while."""
     found = set()
     for path in (self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp/_CHECKPOINT_METADATA"):
       try:
@@ -107,7 +108,7 @@ class Session:
     return found
 
   def wait_for(self, moment, step, rng, warm):
-    """Until the moment is there, or the run is over; returns whether a checkpoint is being written now."""
+    """Waits until the moment comes or the run ends; returns whether a checkpoint is being written then."""
     pause = rng.uniform(0, 0.3)
     if moment == "start":
       begin = rng.uniform(0.5, warm)
@@ -145,7 +146,7 @@ class Session:
     return hit
 
   def end(self, bound):
-    """(status, seconds) of the end; status None, and all killed, where there was none within the bound."""
+    """(status, seconds) of the end; where it does not end within the bound, all are killed and status is None."""
     began = time.time()
     self._until(lambda: False, bound)
     status = self.process.poll()
@@ -156,11 +157,12 @@ class Session:
 
 
 def verdict(status, out, hit):
-  """({process: status that it ended with}, what is not as it should be) of a launcher's status and output."""
-  statuses = {i: 0 for i in range(2)} | {int(i): int(s) for i, s in re.findall(r"^\[(\d)\] ended with status (\d+)$", out, re.M)}
-  problems = [] if status in (0, train_loop.RESTART) else [f"the launcher ended with {status}"]
+  """({process: status that it ended with}, problems in words) from a launcher's status and output."""
+  ended = re.findall(r"^\[(\d)\] ended with status (\d+)$", out, re.M)
+  statuses = {i: 0 for i in range(2)} | {int(i): int(s) for i, s in ended}
+  problems = [] if status in (0, errors.RESTART) else [f"the launcher ended with {status}"]
   for i, s in statuses.items():
-    if i in hit and s in KILLED or s == 0 or s == train_loop.RESTART and "stopped by a signal" in out:
+    if i in hit and s in KILLED or s == 0 or s == errors.RESTART and "stopped by a signal" in out:
       continue
     if not any(words in out for words in WORDS.get(s, [])):
       problems.append(f"process {i} ended with {s} and without a word")
@@ -168,17 +170,17 @@ def verdict(status, out, hit):
 
 
 def state_of(workdir, steps):
-  """All that is saved at the last step: (state, data position)."""
+  """(state, data position) as saved at the last step."""
   config = tiny.config("teacher", steps=steps, mesh__data=1, mesh__fsdp=8)
-  jitted = train_loop.compile_run(config, sharding.make_mesh(**config.mesh), build.run(config))
+  jitted = train_step.compile(config, sharding.make_mesh(**config.mesh), build.run(config))
   with checkpoint.open_manager(workdir) as manager:
-    step, state, position = checkpoint.restore_latest(manager, jitted["state"])
+    step, state, position = checkpoint.restore_latest(manager, jitted.state)
   assert step == steps, f"{workdir} ended at step {step} of {steps}"
   return jax.device_get(state), position["batches"]
 
 
 def differences(a, b, steps):
-  """What is not the same in two runs, in words."""
+  """What differs between two runs, in words."""
   found = []
   (state_a, batches_a), (state_b, batches_b) = state_of(a, steps), state_of(b, steps)
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(state_a), jax.tree.leaves(state_b), strict=True):
@@ -215,7 +217,8 @@ def run(kills, seed, steps, folder, bound):
     wrong += [f"kill {i + 1} ({attack}, {moment}): {problem}\n{session.output()}" for problem in problems]
     print(f"{i + 1:3d} {moment:9s} {attack:14s} hit {sorted(set(hit))} at step {at:3d}, {after:4.1f} s after the start"
           f"{', in a save' if saving else ''}: {statuses} after {seconds:.1f} s", *problems, flush=True)
-    rows.append(dict(moment=moment, attack=attack, saving=saving, statuses=statuses, seconds=seconds, early=early, hit=alive and hit))
+    rows.append(dict(moment=moment, attack=attack, saving=saving, statuses=statuses, seconds=seconds, early=early,
+                     hit=alive and hit))
   session = Session(folder / "killed", steps, folder / "killed_last.log")
   status, _ = session.end(600)
   if status != 0:
@@ -224,19 +227,21 @@ def run(kills, seed, steps, folder, bound):
   if missed:
     wrong.append(f"{missed} kills found nobody: take more --steps")
   wrong += [f"not as in the run left alone: {d}" for d in differences(folder / "alone", folder / "killed", steps)]
-  count = lambda f: sum(map(f, rows))
+  attacks = [row["attack"] for row in rows]
   print(f"{len(rows)} kills in {time.time() - began:.0f} s: "
-        + ", ".join(f"{count(lambda r: r['attack'] == a)} {a}" for a in ATTACKS if count(lambda r: r["attack"] == a)))
+        + ", ".join(f"{attacks.count(attack)} {attack}" for attack in ATTACKS if attack in attacks))
   ends = [status for row in rows for status in row["statuses"].values()]
-  print(f"in a save {count(lambda r: r['saving'])}, before the first step {count(lambda r: r['early'])}; processes ended with "
-        + ", ".join(f"{status}: {ends.count(status)}" for status in sorted(set(ends))) + f"; slowest end {max(r['seconds'] for r in rows):.1f} s")
+  saving, early = (sum(row[kind] for row in rows) for kind in ("saving", "early"))
+  print(f"in a save {saving}, before the first step {early}; processes ended with "
+        + ", ".join(f"{status}: {ends.count(status)}" for status in sorted(set(ends)))
+        + f"; slowest end {max(row['seconds'] for row in rows):.1f} s")
   return wrong
 
 
 def _parse():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--kills", type=int, default=20, help="how often the run is killed")
-  parser.add_argument("--seed", type=int, default=0, help="of who is killed, how and when")
+  parser.add_argument("--seed", type=int, default=0, help="seed of who is killed, how and when")
   parser.add_argument("--steps", type=int, help="updates of the run; default: three a kill and nine more")
   parser.add_argument("--bound", type=float, default=100, help="seconds that survivors may take to end")
   parser.add_argument("--workdir", help="where the two runs go; default: a folder that is removed at the end")

@@ -1,6 +1,6 @@
 """Google Cloud Storage in memory: as much of its JSON API as gcsfs and TensorStore speak, preconditions included.
 
-Both are sent here by environment variables (`Bucket.environment`), so that what runs is their real code and the program's.
+Environment variables (`Bucket.environment`) send both here, so that what runs is their real code and the program's.
 Written from https://cloud.google.com/storage/docs/json_api/v1; there is one bucket, and no access control.
 """
 
@@ -19,7 +19,7 @@ class Bucket:
   def __init__(self):
     self.lock, self.objects, self.generation = threading.Lock(), {}, 1000
     self.uploads = {}  # resumable ones under way: number -> (name, bytes so far)
-    self.before_write = lambda name: True  # may wait; where it returns False the write is refused, as without permission
+    self.before_write = lambda name: True  # may wait; returning False refuses the write, as without permission
 
   def put(self, name, data):
     self.generation += 1
@@ -29,9 +29,9 @@ class Bucket:
   def describe(self, name):
     generation, data = self.objects[name]
     when = "2026-01-01T00:00:00.000Z"
-    return {"kind": "storage#object", "bucket": "bucket", "name": name, "size": str(len(data)), "generation": str(generation),
-            "metageneration": "1", "contentType": "application/octet-stream", "timeCreated": when, "updated": when,
-            "storageClass": "STANDARD", "etag": str(generation)}
+    return {"kind": "storage#object", "bucket": "bucket", "name": name, "size": str(len(data)), "metageneration": "1",
+            "generation": str(generation), "contentType": "application/octet-stream", "timeCreated": when,
+            "updated": when, "storageClass": "STANDARD", "etag": str(generation)}
 
   def listing(self, prefix="", delimiter="", startOffset="", endOffset="", maxResults="1000", pageToken="", **_):
     names, prefixes = [], []
@@ -87,7 +87,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     with bucket.lock:
       kept = self._kept(query, name)
       described = bucket.put(name, data) if kept else None
-    return self._answer(200, described) if kept else self._answer(412, {"error": {"code": 412, "message": "conditionNotMet"}})
+    if not kept:
+      return self._answer(412, {"error": {"code": 412, "message": "conditionNotMet"}})
+    return self._answer(200, described)
 
   def _serve(self):
     path, _, text = self.path.partition("?")
@@ -103,7 +105,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if upload:
       return self._upload(query, body)
     if not rest:
-      return self._answer(200, {"kind": "storage#bucket", "name": "bucket", "location": "US", "storageClass": "STANDARD"})
+      about = {"kind": "storage#bucket", "name": "bucket", "location": "US", "storageClass": "STANDARD"}
+      return self._answer(200, about)
     if name is None:
       return self._answer(200, bucket.listing(**query))
     if len(rest) > 2:  # moveTo/o/NAME, rewriteTo/b/BUCKET/o/NAME
@@ -115,7 +118,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
           del bucket.objects[name]
       size = described["size"]
       return self._answer(200, described if rest[2] == "moveTo" else {
-          "kind": "storage#rewriteResponse", "totalBytesRewritten": size, "objectSize": size, "done": True, "resource": described})
+          "kind": "storage#rewriteResponse", "totalBytesRewritten": size, "objectSize": size, "done": True,
+          "resource": described})
     with bucket.lock:
       if name not in bucket.objects:
         return self._answer(*missing)
@@ -143,7 +147,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return self._write(query, query["name"], body)
     if kind == "multipart":
       boundary = b"\r?\n?--" + re.escape(re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])[1].encode())
-      description, data = (re.split(b"\r?\n\r?\n", part, maxsplit=1)[1] for part in re.split(boundary, body, maxsplit=3)[1:3])
+      parts = re.split(boundary, body, maxsplit=3)[1:3]
+      description, data = (re.split(b"\r?\n\r?\n", part, maxsplit=1)[1] for part in parts)
       return self._write(query, json.loads(description)["name"], data)
     if "upload_id" not in query:
       number = str(len(self.bucket.uploads))

@@ -50,15 +50,19 @@ def mixture(data, prefix):
       scalars(data[f"{prefix}logstds"]))
 
 
-def dx_policy(den, x_src, t_src, **settings):
+def dx_policy(den, x_src, t_src, clock, **settings):
   """The DX policy of velocities [B, N, C, H, W] given by the network at x_src [B, C, H, W], t_src [B]."""
-  return dx.to_policy(nhwc(den), nhwc(x_src), scalars(t_src), **settings)
+  return dx.to_policy(nhwc(den), nhwc(x_src), scalars(t_src), clock, **settings)
 
 
 def dit_params(data, depth, heads, head):
   """A DiT state dict in diffusers' naming -> the tree of `models.dit.DiT`; `head` converts the output layers."""
-  get = lambda name: jnp.asarray(data[f"param/{name}"])
-  linear = lambda name: {"kernel": get(f"{name}.weight").T, "bias": get(f"{name}.bias")}
+  def get(name):
+    return jnp.asarray(data[f"param/{name}"])
+
+  def linear(name):
+    return {"kernel": get(f"{name}.weight").T, "bias": get(f"{name}.bias")}
+
   width = data["param/pos_embed.proj.bias"].shape[0]
 
   def block(i):

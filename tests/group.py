@@ -6,27 +6,27 @@ import re
 import signal
 import subprocess
 
-import tests
 from tests import tiny
 
 
 def start(workdir, processes, devices, *arguments, out=subprocess.PIPE, **env):
   """The launcher of a tiny teacher's run, leader of a process group of its own."""
   # On a busy machine one process may compile optimised code longer than Gloo waits, 30 s, for the other to come.
-  env = tiny.environment(XLA_FLAGS=tests.UNOPTIMISED, **env)
+  env = tiny.environment(**env)
   command = tiny.command("teacher", workdir, *arguments)
-  return subprocess.Popen(["launch/local.sh", str(processes), str(devices), *command], cwd=tiny.ROOT, env=env, text=True,
-                          stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+  command = ["launch/local.sh", str(processes), str(devices), *command]
+  return subprocess.Popen(command, cwd=tiny.ROOT, env=env, text=True, stdout=out, stderr=subprocess.STDOUT,
+                          start_new_session=True)
 
 
-def finish(process, timeout=240):
+def finish(process, timeout=600):
   """(status, output) of a group that ends by itself; what is left of it after the timeout is killed."""
   try:
     out = process.communicate(timeout=timeout)[0]
   finally:
     if process.poll() is None:
       os.killpg(process.pid, signal.SIGKILL)
-  # Gloo greets.
+  # Gloo prints greetings.
   return process.returncode, "\n".join(line for line in out.splitlines() if "[Gloo]" not in line)
 
 

@@ -3,8 +3,8 @@
 import math
 
 import jax
-from jax.sharding import PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -14,7 +14,7 @@ from configs import imagenet_dit
 from piflow_jax import adam8
 from piflow_jax import build
 from piflow_jax import sharding
-from piflow_jax import train_loop
+from piflow_jax import train_step
 from piflow_jax.data import digits as digits_data
 from piflow_jax.data import loader
 from tests import tiny
@@ -26,7 +26,10 @@ def test_values_come_back_within_a_level_and_on_average(kind, levels, power):
   x = rng.standard_normal((3, 512, 16)) * 10.0 ** rng.uniform(-4, 0, (3, 512, 16))
   x = jnp.asarray(np.abs(x) if kind == jnp.uint8 else x, jnp.float32)
   largest = np.abs(x).reshape(3, 2, 256, 16).max(2, keepdims=True)
-  root = lambda x: np.cbrt(np.asarray(x).reshape(3, 2, 256, 16) / largest)
+
+  def root(x):
+    return np.cbrt(np.asarray(x).reshape(3, 2, 256, 16) / largest)
+
   n = 256
   total = 0
   for uniform in (np.arange(n) + 0.5) / n:
@@ -36,7 +39,8 @@ def test_values_come_back_within_a_level_and_on_average(kind, levels, power):
     assert np.abs(root(back) - root(x)).max() <= 1 / levels + 1e-6
     np.testing.assert_array_equal(np.abs(back).reshape(3, 2, 256, 16).max(2), largest[:, :, 0])  # the largest is exact
     total += np.asarray(back, np.float64) ** power
-  # A mean over n evenly spread draws is off by a level's width / n at most: by level 1, 2^(3 power) - 1 times its value.
+  # A mean over n evenly spread draws is off by a level's width / n at most: at level 1 that is 2^(3 power) - 1 times
+  # its value.
   above = np.abs(root(x)).reshape(x.shape) * levels > 1  # in the lowest, v is kept from vanishing
   np.testing.assert_allclose((total / n)[above], (np.asarray(x, np.float64) ** power)[above], rtol=2**(3 * power) / n)
 
@@ -62,7 +66,7 @@ def test_the_second_moment_does_not_vanish():
 
 
 def _beside_float32(gradient, b2, steps):
-  """Updates [16, 256] by 8 bits and by float32 after so many gradients(normal draw, step), each as rms of their last 100."""
+  """(8 bits', float32's) root mean square [16, 256] of the last 100 updates of `steps` by gradient(normal draw, i)."""
   eight, full = adam8.scale_by_adam8(0.9, b2, 1e-8, 256), optax.scale_by_adam(0.9, b2, 1e-8)
   params = jnp.zeros((16, 256))
 
@@ -76,10 +80,9 @@ def _beside_float32(gradient, b2, steps):
   return np.sqrt(jax.jit(lambda start: jax.lax.scan(body, start, jnp.arange(steps)))(start)[0][2] / 100)
 
 
-@pytest.mark.parametrize("gradient", [
-    lambda g, i: g, lambda g, i: g.at[:, 1:].multiply(jnp.where(i > 1000, 0.1, 1.0))], ids=["the same", "smaller from 1000 on"])
-def test_a_slow_second_moment_falls(gradient):
-  u8, u32 = _beside_float32(gradient, 0.999, 6000)
+@pytest.mark.parametrize("later", [1.0, 0.1], ids=["the same", "smaller from 1000 on"])
+def test_a_slow_second_moment_falls(later):
+  u8, u32 = _beside_float32(lambda g, i: g.at[:, 1:].multiply(jnp.where(i > 1000, later, 1.0)), 0.999, 6000)
   # Rounded to the nearest level updates come out at 0.8 and 0.2 of float32's; by chance within the noise of 8 bits.
   assert np.median(u8 / u32) == pytest.approx(1, abs=0.05)
 
@@ -94,8 +97,13 @@ def _descend(optimizer, steps=200, dtype=jnp.float32):
   target = {"big": rng.standard_normal((64, 256)), "small": rng.standard_normal(16)}
   scales = jax.tree.map(lambda t: 10.0 ** rng.uniform(-2, 1, t.shape), target)  # directions of all steepnesses
   params = jax.tree.map(lambda t: jnp.zeros(t.shape, dtype), target)
-  loss = lambda p, noise: sum(jnp.mean(s * (a - b + 0.1 * n) ** 2) for a, b, s, n in zip(*map(jax.tree.leaves, (p, target, scales, noise))))
   state = optimizer.init(params)
+
+  def loss(params, noise):
+    def one(p, t, scale, n):
+      return jnp.mean(scale * (p - t + 0.1 * n) ** 2)
+
+    return sum(jax.tree.leaves(jax.tree.map(one, params, target, scales, noise)))
 
   @jax.jit
   def step(params, state, key):
@@ -113,22 +121,26 @@ def test_it_goes_where_float32_adamw_goes():
   want, _, target = _descend(optax.adamw(2e-2, **options))
   got, state, _ = _descend(adam8.adamw8(2e-2, **options))
   np.testing.assert_allclose(got["small"], want["small"], atol=1e-5)  # kept in float32: the same but for rounding
-  distance = lambda a, b: float(np.abs(np.asarray(a["big"]) - np.asarray(b["big"])).mean())
+
+  def distance(a, b):
+    return float(np.abs(np.asarray(a["big"]) - np.asarray(b["big"])).mean())
+
   # Both hover about the target; 8 bits of a moment are noise on a step of 0.02.
   assert distance(got, want) < 0.3 * distance(want, target) + 0.01
   assert distance(got, target) < 1.1 * distance(want, target)
 
 
 def _shapes(config):
-  """(parameters, state) of a config's run with 8-bit moments."""
+  """(shapes of the parameters, of the state, rules) of a config's run with 8-bit moments."""
   run = build.run(config)
-  params = jax.eval_shape(run.init, jax.random.key(0), run.teacher_shapes)
-  return params, jax.eval_shape(adam8.adamw8(1e-3).init, params)
+  params = jax.eval_shape(run.method.init, jax.random.key(0), run.teacher_shapes)
+  return params, jax.eval_shape(adam8.adamw8(1e-3).init, params), run.rules
 
 
-@pytest.mark.parametrize("config", [digits.get_config("student"), imagenet_dit.get_config("XL,repa-1nfe")], ids=["digits", "XL"])
+@pytest.mark.parametrize("config", [
+    digits.get_config("student"), imagenet_dit.get_config("XL,repa-1nfe")], ids=["digits", "XL"])
 def test_bytes_a_parameter(config):
-  params, state = _shapes(config)
+  params, state, _ = _shapes(config)
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
   assert size / sum(p.size for p in jax.tree.leaves(params)) < 2.1  # scales, and small arrays in float32, are beyond 2
 
@@ -136,25 +148,35 @@ def test_bytes_a_parameter(config):
 @pytest.mark.parametrize("sizes", [(1, 16, 1), (1, 64, 1), (2, 8, 4), (16, 16, 1)])
 def test_bytes_a_parameter_of_a_device(sizes):
   """Where scales lay whole on every device they alone took 0.7 bytes at fsdp 16, 2.9 at 64."""
-  config = imagenet_dit.get_config("XL,repa-1nfe")
-  mesh, rules = jax.sharding.AbstractMesh((1, *sizes), sharding.AXES), build.sharding_rules(config)
+  params, state, rules = _shapes(imagenet_dit.get_config("XL,repa-1nfe"))
+  mesh = jax.sharding.AbstractMesh((1, *sizes), sharding.AXES)
 
   def held(tree, count):
-    parts = jax.tree.map(lambda x, s: count(x) * math.prod(s.shard_shape(x.shape)), tree, sharding.shardings(tree, rules, mesh))
-    return sum(jax.tree.leaves(parts))
+    def one(x, s):
+      return count(x) * math.prod(s.shard_shape(x.shape))
 
-  params, state = _shapes(config)
+    return sum(jax.tree.leaves(jax.tree.map(one, tree, sharding.shardings(tree, rules, mesh))))
+
   assert held(state, lambda x: x.dtype.itemsize) / held(params, lambda x: 1) < 2.1
 
 
 def test_scales_lie_where_their_parameter_does_as_far_as_blocks_allow():
   tree = {f"mu{of}": {"blocks": {"mlp": {"out": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}}}
           for of, shape in (("", (28, 4608, 1152)), ("_scale", (28, 32, 1152)))}
-  rules = build.sharding_rules(imagenet_dit.get_config("XL,repa-1nfe"))
-  specs = lambda **sizes: [s.spec for s in jax.tree.leaves(sharding.shardings(
-      tree, rules, jax.sharding.AbstractMesh(tuple(sizes.get(axis, 1) for axis in sharding.AXES), sharding.AXES)))]
+  rules = build.run(imagenet_dit.get_config("XL,repa-1nfe")).rules
+
+  def specs(**sizes):
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.get(axis, 1) for axis in sharding.AXES), sharding.AXES)
+    return [s.spec for s in jax.tree.leaves(sharding.shardings(tree, rules, mesh))]
+
   assert specs(fsdp=16, tensor=4) == [P(None, "tensor", "fsdp")] * 2
-  assert specs(fsdp=16, tensor=9) == [P(None, "tensor", "fsdp"), P(None, None, "fsdp")]  # of 32 blocks 9 parts cannot be made
+  # 32 blocks cannot be cut into 9 parts.
+  assert specs(fsdp=16, tensor=9) == [P(None, "tensor", "fsdp"), P(None, None, "fsdp")]
+
+
+def _opened(x):
+  """An array with noise on it: a fresh DiT's blocks are shut, and have no gradients."""
+  return jax.device_put(x + 0.1 * np.random.default_rng(x.size).standard_normal(x.shape, np.float32), x.sharding)
 
 
 @pytest.mark.slow
@@ -163,13 +185,13 @@ def test_one_step_on_eight_devices_is_that_of_one():
   for sizes in ((1, 1, 1), (1, 4, 2)):
     config = tiny.config("teacher", optimizer__moments="int8")
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:math.prod(sizes)])
-    jitted = train_loop.compile_run(config, mesh, build.run(config))
-    state = jitted["init"](jax.random.key(1), None)
-    # A fresh DiT's blocks are shut, and have no gradients.
-    opened = lambda x: jax.device_put(x + 0.1 * np.random.default_rng(x.size).standard_normal(x.shape, np.float32), x.sharding)
-    state = state.replace(params=jax.tree.map(opened, state.params))
-    batch = next(loader.batches(digits_data.source("train"), batch_size=config.batch_size, seed=0))
-    found[sizes] = jitted["step"](state, None, sharding.place_batch(batch, mesh, config.batch_size), jax.random.key(0))[0]
+    jitted = train_step.compile(config, mesh, build.run(config))
+    state = jitted.init(jax.random.key(1), None)
+    state = state.replace(params=jax.tree.map(_opened, state.params))
+    data = digits_data.make()
+    batch = next(loader.batches(data.records("train"), data.spec, batch_size=config.batch_size, seed=0))
+    batch = sharding.place_batch(batch, mesh, config.batch_size)
+    found[sizes] = jitted.step(state, None, batch, jax.random.key(0))[0]
   assert len(found[1, 4, 2].opt_state[1][0].mu_scale["blocks"]["mlp"]["out"]["kernel"].sharding.device_set) == 8
   eight, one = (jax.device_get((state.params, state.opt_state[1][0])) for state in (found[1, 4, 2], found[1, 1, 1]))
   codes = 0

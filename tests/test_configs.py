@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits, gaussians, imagenet_dit
+from configs import digits
+from configs import gaussians
+from configs import imagenet_dit
 from piflow_jax import build
 from piflow_jax import sharding
 from piflow_jax import train_loop
+from piflow_jax import train_step
 from piflow_jax.evaluation import analytic
 from tests import tiny
 
@@ -22,42 +25,57 @@ SIZES = {"B": 130e6, "L": 458e6, "XL": 675e6}
 def test_full_size_configs_trace_and_shard(argument):
   config = imagenet_dit.get_config(argument)
   run, mesh = build.run(config), sharding.make_mesh(2, 4)
-  jitted = train_loop.compile_run(config, mesh, run)
+  jitted = train_step.compile(config, mesh, run)
   batch = {"x_0": jax.ShapeDtypeStruct((config.batch_size, *config.data.shape), jnp.float32),
-           "cond": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
-  state, metrics = jax.eval_shape(jitted["step"], jitted["state"], jitted["teacher"], batch, jax.random.key(0))
-  assert jax.tree.map(jnp.shape, state) == jax.tree.map(lambda s: s.shape, jitted["state"])
+           "cond": {"label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}}
+  state, metrics = jax.eval_shape(jitted.step, jitted.state, jitted.teacher, batch, jax.random.key(0))
+  assert jax.tree.map(jnp.shape, state) == jax.tree.map(lambda s: s.shape, jitted.state)
   assert metrics["loss"].shape == ()
-  network = jitted["teacher"] or jitted["state"].params
+  network = jitted.teacher or jitted.state.params
   count = sum(leaf.size for leaf in jax.tree.leaves(network))
   np.testing.assert_allclose(count, SIZES[argument.split(",")[0]], rtol=0.01)
 
 
+_SMALL = {"batch_size": 8, "steps": 2, "log_every": 1, "eval_every": 0, "image_every": 0, "data.shape": (8, 8, 4),
+          "optimizer.warmup_steps": 1, "policy.components": 4, "policy.logstd_width": 16, "policy.intervals": 8,
+          "method.total_substeps": 16, "method.min_block": 1, "method.max_block": 8}
+
+
+def _small(argument):
+  config = imagenet_dit.get_config(f"tiny,{argument}")
+  config.update_from_flattened_dict(tiny.only_known(config, _SMALL))
+  return config
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+  """time_scale -> workdir of a tiny teacher: two recipes' teachers differ in it."""
+  folder, found = tmp_path_factory.mktemp("teachers"), {}
+  for recipe in ("repa-1nfe", "fm-1nfe"):
+    student, teacher = _small(recipe), _small("teacher")
+    teacher.network.update(time_scale=student.network.time_scale, mlp_norm_eps=student.network.mlp_norm_eps)
+    found[student.network.time_scale] = folder / recipe
+    assert train_loop.train(teacher, folder / recipe) == 0
+  return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [*imagenet_dit.RECIPES])
-def test_recipes_train(recipe, tmp_path):
-  fields = dict(batch_size=8, steps=2, log_every=1, eval_every=0, image_every=0)
-  shrink = {"policy.components": 4, "policy.logstd_width": 16, "data.shape": (8, 8, 4), "flow.total_substeps": 16,
-            "optimizer.warmup_steps": 1, "policy.intervals": 8, "parallel_decoding.min_block": 1,
-            "parallel_decoding.max_block": 8}
-  teacher, student = imagenet_dit.get_config("tiny,teacher"), imagenet_dit.get_config(f"tiny,{recipe}")
-  for config in (teacher, student):
-    config.update_from_flattened_dict(fields | shrink)
-  teacher.network.update(time_scale=student.network.time_scale, mlp_norm_eps=student.network.mlp_norm_eps)
-  student.teacher.checkpoint = str(tmp_path / "teacher")
-  assert train_loop.train(teacher, tmp_path / "teacher") == 0
+def test_recipes_train(recipe, teachers, tmp_path):
+  student = _small(recipe)
+  student.teacher.checkpoint = str(teachers[student.network.time_scale])
   assert train_loop.train(student, tmp_path / "student") == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("role, fields", [
-    ("gm32,2", dict(imitation__data_free=True)),
-    ("dx", dict(imitation__label="midpoint", imitation__window_substeps=4)),
-    ("dx", dict(policy__polynomial=True, policy__points=4, imitation__window_substeps=4)),
-    ("parallel", dict(imitation__data_free=True, imitation__label="euler", policy__intervals=8,
-                      parallel_decoding__min_block=4, parallel_decoding__max_block=8)),
+    ("gm32,2", dict(method__data_free=True)),
+    ("dx", dict(method__label="midpoint", method__window_substeps=4)),
+    ("dx", dict(policy__polynomial=True, policy__points=4, method__window_substeps=4)),
+    ("parallel", dict(method__data_free=True, method__label="euler", policy__intervals=8, method__min_block=4,
+                      method__max_block=8)),
     ("improved-meanflow", {}),
-    ("meanflow-data", dict(meanflow__guidance_scale=2.0, meanflow__ratio=0.5)),
+    ("meanflow-data", dict(method__guidance_scale=2.0, method__ratio=0.5)),
 ])
 def test_every_method_trains_and_draws(role, fields, tmp_path, tiny_teacher):
   config = tiny.config(role, teacher__checkpoint=str(tiny_teacher), steps=3, checkpoint_every=3, eval_every=3,
@@ -73,7 +91,8 @@ def test_every_method_trains_and_draws(role, fields, tmp_path, tiny_teacher):
 def test_an_exact_teacher_needs_no_checkpoint(argument, tmp_path):
   config = gaussians.get_config(argument)
   config.update(steps=2, batch_size=16, log_every=1)
-  config.flow.total_substeps = 8
+  config.method.total_substeps = 8
+  config.method.window_substeps = 8 // 3 if argument == "dx,3" else 0
   assert train_loop.train(config, tmp_path / "run") == 0
   error = analytic.endpoint_error(config, tmp_path / "run")
   assert 0.1 < error < 2  # two updates: unrelated ends are at 1

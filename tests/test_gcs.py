@@ -4,12 +4,14 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 
-from piflow_jax import checkpoint
+from piflow_jax import checksums
+from piflow_jax import weights
 from tests import fake_gcs
 from tests import group
 from tests import tiny
@@ -43,7 +45,7 @@ def _fetch(bucket, folder):
 
 
 def _weights(workdir):
-  with checkpoint.open_weights(workdir, "params", "--workdir") as (shapes, read):
+  with weights.open_weights(workdir, "params", "--workdir") as (shapes, read):
     return {path: read(path) for path in shapes}
 
 
@@ -54,7 +56,8 @@ def test_refused_and_killed_while_it_saves_it_is_the_run_on_a_disk(bucket, tmp_p
   bucket.before_write = lambda name: "checkpoints/4/state" not in name
   status, out = _run(bucket, *STEPS)
   last = out.strip().splitlines()[-1]
-  assert status == 2 and re.match("error: --workdir: a checkpoint under gs://bucket/run/checkpoints could not be written .*create access", last), out
+  words = "error: --workdir: a checkpoint under gs://bucket/run/checkpoints could not be written .*create access"
+  assert status == 2 and re.match(words, last), out
 
   saving = threading.Event()
   go_on = threading.Event()
@@ -72,7 +75,8 @@ def test_refused_and_killed_while_it_saves_it_is_the_run_on_a_disk(bucket, tmp_p
   process.send_signal(signal.SIGKILL)
   assert "going on from step 2 of 6" in process.communicate()[0]
   go_on.set()
-  assert "run/checkpoints/4/commit_success.txt" not in bucket.objects and any("checkpoints/4/" in name for name in bucket.objects)
+  assert "run/checkpoints/4/commit_success.txt" not in bucket.objects
+  assert any("checkpoints/4/" in name for name in bucket.objects)
 
   bucket.before_write = lambda name: True
   status, out = _run(bucket, *STEPS)
@@ -87,7 +91,8 @@ def test_refused_and_killed_while_it_saves_it_is_the_run_on_a_disk(bucket, tmp_p
   assert json.loads((fetched / "config.json").read_text()) == json.loads((disk / "config.json").read_text())
 
   # A student of the teacher that lies there.
-  status, out = _run(bucket, "--config.teacher.checkpoint=gs://bucket/run", "--workdir=gs://bucket/student", role="student")
+  status, out = _run(
+      bucket, "--config.teacher.checkpoint=gs://bucket/run", "--workdir=gs://bucket/student", role="student")
   assert status == 0 and "student/checkpoints/4/commit_success.txt" in bucket.objects, out
 
 
@@ -95,10 +100,56 @@ def test_two_processes_and_one_that_may_not_write(bucket):
   fields = ["--config.steps=4", "--config.mesh.data=1", "--config.mesh.fsdp=8"]  # both write a half
   bucket.before_write = lambda name: "4/state/ocdbt.process_1" not in name
   status, out = group.finish(group.start("gs://bucket/run", 2, 4, *fields, **bucket.environment))
-  assert status == 2 and re.search(r"^\[1\] error: --workdir: a checkpoint under .* could not be written", out, re.M), out
+  words = r"^\[1\] error: --workdir: a checkpoint under .* could not be written"
+  assert status == 2 and re.search(words, out, re.M), out
 
   bucket.before_write = lambda name: True
   status, out = group.finish(group.start("gs://bucket/run", 2, 4, *fields, **bucket.environment))
   assert status == 0 and "going on from step 2 of 4" in out, out
   lines = [json.loads(line) for line in bucket.objects["run/metrics.jsonl"][1].decode().splitlines()]
   assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def _call(text, environment):
+  return subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=tiny.ROOT, timeout=200,
+                        env=tiny.environment(JAX_PLATFORMS="cpu", **environment))
+
+
+def test_a_bit_that_flips_in_a_bucket_is_found(bucket):
+  done = _call("from tests import test_checkpoint as t; t.write('gs://bucket/run', 1, 2)", bucket.environment)
+  assert done.returncode == 0, done.stderr
+  assert f"run/checkpoints/2/state/{checksums.FILE}" in bucket.objects
+  assert f"run/checkpoints/2/state/ocdbt.process_0/{checksums.FILE}" in bucket.objects
+  _, arrays = max((len(data), name) for name, (_, data) in bucket.objects.items() if "checkpoints/2/" in name)
+  data = bytearray(bucket.objects[arrays][1])
+  data[len(data) // 2] ^= 4
+  with bucket.lock:
+    bucket.put(arrays, data)
+  text = "from tests import test_checkpoint as t; print('step', t.restore('gs://bucket/run')[0])"
+  done = _call(text, bucket.environment)
+  assert done.returncode == 0 and "step 1" in done.stdout and "the checksum of" in done.stderr, done.stderr
+  assert any("checkpoints/torn_2/" in name for name in bucket.objects)
+
+
+_TEACHER = """
+import asyncio
+import jax, numpy as np
+from absl import logging
+sleep = asyncio.sleep
+asyncio.sleep = lambda seconds, *args: sleep(seconds / 20, *args)  # gcsfs tries for half a minute
+from piflow_jax import errors, weights
+logging.use_absl_handler()
+errors.quiet()
+try:
+  weights.load("gs://bucket/run", {"a": jax.ShapeDtypeStruct((1,), np.float32)}, "ema", "config.teacher.checkpoint")
+except errors.UserError as e:
+  errors.leave(2, e)
+"""
+
+
+def test_a_bucket_that_cannot_be_reached_is_one_line(bucket):
+  nowhere = {name: re.sub(r"\d+$", "9", value) for name, value in bucket.environment.items()}
+  done = _call(_TEACHER, nowhere)
+  lines = [line for line in done.stderr.splitlines() if line]
+  assert done.returncode == 2 and len(lines) == 1, done.stderr
+  assert lines[0].startswith("error: config.teacher.checkpoint: 'gs://bucket/run' cannot be read (Cannot connect to")

@@ -7,26 +7,56 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "piflow_jax"
 
-# module or folder -> what of the package it may import, beside itself and errors
+# Module, or a folder for all modules in it that have no row of their own -> what of the package it may import, beside
+# its own folder and errors. Floors from the ground up: nothing imports from a floor above its own.
+_PURE = {"config", "flow", "data.spec"}
+_RUN = {"build", "config", "data.spec", "params", "sampler", "sharding", "train_step", "weights", "workdir"}
 ALLOWED = {
-    "flow": set(),
+    # values and arrays
     "errors": set(),
+    "config": set(),
     "params": set(),
+    "images": set(),
+    "checksums": set(),
+    "adam8": set(),
     "sharding": {"params"},
-    "models": {"params", "sharding"},
-    "policy": {"flow", "sharding", "models.layers"},
-    "teacher": {"flow"},
-    "sampler": {"flow"},
-    "distill": {"flow", "policy.rollout"},
-    "data": set(),
-    "evaluation.metrics": set(),
-    "evaluation.figures": set(),
-    "evaluation.report": set(),
-    "evaluation.digit_features": set(),
-    "checkpoint": {"params"},
-    "latents": {"checkpoint", "models"},
+    "flow": {"config"},
+    # nouns
+    "data": {"config"},
+    "models": {"config", "sharding"},
+    "policy": {"config", "flow", "models.layers", "sharding"},
+    "teacher": {"config", "flow"},
+    "sampler": {"flow", "policy.rollout"},
+    "student": {"params"},
+    "distill": {"config", "flow", "params", "policy.rollout", "sampler", "student", "teacher"},
+    # what is kept
+    "lock": set(),
+    "checkpoint": {"checksums"},
+    "weights": {"checkpoint", "checksums", "models.autoencoder", "params"},
     "run_log": set(),
-    "convert": {"build", "checkpoint", "main", "models", "params", "policy"},
+    "workdir": {"config"},
+    # a config made a run
+    "build": {"adam8", "config", "data.spec", "distill.method", "flow", "models.layers", "models.network", "params",
+              "sampler", "sharding", "student", "teacher"},
+    "train_step": {"build", "params", "sampler", "sharding", "weights"},
+    "train_loop": {"build", "checkpoint", "data.loader", "data.spec", "images", "lock", "run_log", "sharding",
+                   "train_step", "workdir"},
+    # measuring: figures of arrays first, of runs then
+    "evaluation": {"config", "data.spec", "images"},
+    "evaluation.draws": {"build", "sampler", "sharding"},
+    "evaluation.measure": {"build", "config", "data.spec", "images", "sharding"},
+    "evaluation.analytic": _RUN | {"program", "train_loop"},
+    "evaluation.compare": _RUN | {"program", "run_log", "train_loop"},
+    # programs
+    "program": {"config", "workdir"},
+    "main": {"program", "train_loop"},
+    "sample": _RUN | {"images", "models.autoencoder", "program"},
+    "evaluate": _RUN | {"evaluation", "images", "program", "run_log"},
+    "convert": {"build", "config", "flow", "lock", "models", "params", "weights", "workdir"},
+    "convert.__main__": {"models.autoencoder", "program"},
+    "convert.trees": {"build", "config", "distill.flow_matching", "flow", "params", "workdir"},
+    "plan": {"build", "sharding", "train_step"},
+    "plan.__main__": {"program"},
 }
 
 
@@ -37,23 +67,60 @@ def _imports(path):
         yield ".".join([*node.module.split(".")[1:], name.name])
 
 
-@pytest.mark.parametrize("place", ALLOWED)
-def test_arrows_point_inwards(place):
-  path = PACKAGE / place.replace(".", "/")
-  files = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-  assert files
-  allowed = ALLOWED[place] | {place, "errors"}
-  for file in files:
-    for name in _imports(file):
-      assert any(name == a or name.startswith(f"{a}.") for a in allowed), f"{file.name} imports {name}"
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def _row(module):
+  """The row that a module belongs to, or None."""
+  return next((name for name in (module, module.rpartition(".")[0]) if name in ALLOWED), None)
+
+
+def test_every_module_has_a_row_and_every_row_a_module():
+  rows = {_row(name) for name in MODULES if not name.endswith("__init__") or name == "policy.__init__"}
+  assert None not in rows, [name for name in MODULES if _row(name) is None]
+  assert rows == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "__init__"])
+def test_arrows_point_inwards(module):
+  folder = module.partition(".")[0]
+  allowed = ALLOWED[_row(module)] | {folder, "errors"}
+  for name in _imports(MODULES[module]):
+    assert any(name == a or name.startswith(f"{a}.") for a in allowed), f"{module} imports {name}"
+
+
+def test_there_is_no_circle():
+  """Of modules, found by walking; a folder's modules may import one another, but not in a ring."""
+  arrows = {module: {_module_of(name) for name in _imports(path)} - {module} for module, path in MODULES.items()}
+  done, way = set(), []
+
+  def walk(module):
+    assert module not in way, f"a circle: {' -> '.join([*way[way.index(module):], module])}"
+    if module in done:
+      return
+    way.append(module)
+    for other in arrows.get(module, ()):
+      walk(other)
+    done.add(way.pop())
+
+  for module in arrows:
+    walk(module)
+
+
+def _module_of(name):
+  for candidate in (name, f"{name}.__init__", name.rpartition(".")[0]):
+    if candidate in MODULES:
+      return candidate
+  return name
 
 
 def test_pytorch_is_imported_by_functions_that_need_it():
   for file in PACKAGE.rglob("*.py"):
     top = [a.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import) for a in node.names]
-    # The module that is shipped with an export stands alone, and nothing here imports it.
-    assert "torch" not in top or file.name == "piflow_torch.py", file
-    assert not any(name.endswith("piflow_torch") for name in _imports(file)), file
+    # The modules that are shipped with an export stand alone, and nothing here imports them.
+    shipped = ("piflow_torch.py", "piflow_policy.py", "piflow_dit.py")
+    assert "torch" not in top or file.name in shipped, file
+    assert not any(f"{name.rpartition('.')[2]}.py" in shipped for name in _imports(file)), file
 
 
 def test_importing_the_package_changes_no_global_setting_of_jax():

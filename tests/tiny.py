@@ -1,5 +1,6 @@
 """The digits' config made small enough that a run takes seconds."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -7,55 +8,94 @@ import subprocess
 import sys
 
 from configs import digits
+from piflow_jax import program
+import tests
 
 ROOT = pathlib.Path(__file__).parents[1]
+# Of these a role takes what its nouns have.
 FIELDS = {
     "batch_size": 16, "steps": 4, "log_every": 1, "checkpoint_every": 2, "eval_every": 0, "image_every": 0,
-    "eval_batches": 1,
-    "network.depth": 2, "network.width": 32, "network.heads": 2, "network.unroll": 1, "policy.components": 4,
-    "policy.logstd_width": 16, "policy.dropout": 0.3, "flow.total_substeps": 16, "optimizer.warmup_steps": 2, "optimizer.schedule": "constant",
-    "ema.start": 2,
-    "sampling.nfe": 1, "sampling.images": 10, "evaluation.samples": 40, "evaluation.batch_size": 40,
+    "eval_batches": 1, "network.depth": 2, "network.width": 32, "network.heads": 2, "network.unroll": 1,
+    "policy.components": 4, "policy.logstd_width": 16, "policy.dropout": 0.3, "method.total_substeps": 16,
+    "optimizer.warmup_steps": 2, "optimizer.schedule": "constant", "ema.start": 2, "sampling.nfe": 1,
+    "sampling.images": 10, "evaluation.samples": 40, "evaluation.batch_size": 40,
 }
 
 
-def config(role, **fields):
+def only_known(config, fields):
+  """Those of some dotted fields that a config has."""
+  return {k: v for k, v in fields.items() if _has(config, k)}
+
+
+def fields(config):
+  """Those of FIELDS that a config has."""
+  return only_known(config, FIELDS)
+
+
+def _has(config, dotted):
+  for name in dotted.split("."):
+    if config is None or name not in config:
+      return False
+    config = config[name]
+  return True
+
+
+def config(role, **more):
+  """The tiny config of a role, with fields written a__b."""
   c = digits.get_config(role)
-  c.update_from_flattened_dict(FIELDS | {k.replace("__", "."): v for k, v in fields.items()})
+  c.update_from_flattened_dict(fields(c) | {k.replace("__", "."): v for k, v in more.items()})
   return c
 
 
-def command(role, workdir, *arguments, program="piflow_jax.main"):
+def arguments(role, workdir, *more):
+  """What a user writes after a program's name for the same run."""
+  known = fields(digits.get_config(role)) if role.partition(",")[0] in digits.ROLES else {}
+  options = [f"--config.{k}={v}" for k, v in known.items()]
+  return [f"--config=configs/digits.py:{role}", f"--workdir={workdir}", *options, *more]
+
+
+def command(role, workdir, *more, module="piflow_jax.main"):
   """The command line of a user for the same run."""
-  options = [f"--config.{k}={v}" for k, v in FIELDS.items()]
-  return [sys.executable, "-m", program, f"--config=configs/digits.py:{role}", f"--workdir={workdir}", *options, *arguments]
+  return [sys.executable, "-m", module, *arguments(role, workdir, *more)]
 
 
 def environment(**more):
-  """What a program of a user's sees, and `more`: not what the tests set for their own compiling and devices."""
-  return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")} | more
+  """What a program of a user's sees, and `more`: not the tests' own devices, but without LLVM's optimisations, too."""
+  own = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+  return own | {"XLA_FLAGS": tests.UNOPTIMISED} | more
 
 
 def start(args, stderr=subprocess.PIPE, env=None, **kwargs):
   """A program as a user starts it: one device, its own process."""
   env = environment(JAX_PLATFORMS="cpu", **(env or {}))
-  return subprocess.Popen(args, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=stderr, **kwargs)
+  return subprocess.Popen(args, cwd=kwargs.pop("cwd", ROOT), env=env, text=True, stdout=subprocess.PIPE, stderr=stderr,
+                          **kwargs)
 
 
-def run(args):
-  process = start(args)
-  out, err = process.communicate(timeout=300)
+def run(args, **kwargs):
+  """(status, output, errors) of a program as a user starts it."""
+  process = start(args, **kwargs)
+  out, err = process.communicate(timeout=600)
   return process.returncode, out, err
 
 
-def refused(args, *words):
-  """Holds that a program ends with status 2 and one line that has all the words."""
-  status, out, err = run(args)
-  lines = [line for line in err.splitlines() if line.strip()]
-  assert status == 2 and "Traceback" not in err + out, err
-  assert len(lines) == 1, err
+def invoke(module, args):
+  """(status, its one line) of a program in this process; `module` has a PROGRAM."""
+  here = os.getcwd()
+  os.chdir(ROOT)
+  try:
+    return program.invoke(importlib.import_module(module).PROGRAM, ["program", *map(str, args)])
+  finally:
+    os.chdir(here)
+
+
+def refused(module, args, *words, status=2):
+  """Holds that a program ends with a status and one line that has all the words, in this process."""
+  got, line = invoke(module, args)
+  assert got == status and line and "\n" not in line, (got, line)
   for word in words:
-    assert word in lines[0], lines[0]
+    assert word in line, line
+  return line
 
 
 def metrics(workdir):

@@ -1,7 +1,18 @@
-"""Stable Diffusion's autoencoder under diffusers' names, today's and those from before 2023."""
+"""Stable Diffusion's autoencoder as diffusers keeps it: names of today and from before 2023, and config.json."""
 
+from piflow_jax import config as config_lib
+from piflow_jax import errors
+from piflow_jax import params as params_lib
+from piflow_jax.convert import files
 from piflow_jax.convert import table
 from piflow_jax.convert.table import Row
+from piflow_jax.models import autoencoder
+
+_SAYS = "diffusers' AutoencoderKL"
+# Of models.autoencoder.Autoencoder, as diffusers' config.json has them.
+_FIELDS = dict(
+    channels="in_channels", widths="block_out_channels", groups="norm_num_groups", quant_conv="use_quant_conv",
+    post_quant_conv="use_post_quant_conv", mid_attention="mid_block_add_attention")
 
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 _OLD_ATTENTION = {"norm": "group_norm", "q": "query", "k": "key", "v": "value", "out": "proj_attn"}
@@ -17,12 +28,12 @@ def rows(settings, keys=None):
 
   Args:
     settings: see above.
-    keys: {key: shape} of the file that is to be read, which tell the names of the attention; None: today's.
+    keys: {key: shape} of the file to read, by which the names of the attention are recognised; None: today's names.
   """
   old = keys is not None and "encoder.mid_block.attentions.0.query.weight" in keys
   # Some of the old ones hold the attention's layers as convolutions of one pixel.
   pixel = old and len(keys["encoder.mid_block.attentions.0.query.weight"]) == 4
-  linear = _PIXEL if pixel else table.linear()
+  linear = table.Pixel() if pixel else table.Linear()
   names, levels, count = (_OLD_ATTENTION if old else _ATTENTION), len(settings["widths"]), settings["layers_per_block"]
   found = []
 
@@ -30,7 +41,8 @@ def rows(settings, keys=None):
     found.append(Row(f"{here}/{weight}", (f"{there}.weight",), kernel))
     found.append(Row(f"{here}/bias", (f"{there}.bias",), table.PLAIN))
 
-  norm = lambda here, there: layer(here, there, "scale", table.PLAIN)
+  def norm(here, there):
+    layer(here, there, "scale", table.PLAIN)
 
   def resnet(here, there):
     for i in (1, 2):
@@ -58,9 +70,46 @@ def rows(settings, keys=None):
   return found
 
 
-# A linear layer [in, out] <-> a convolution of one pixel (out, in, 1, 1).
-_PIXEL = table.Transform(
-    lambda s: (s[1], s[0], 1, 1), lambda x, shape: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
+def settings_of(config):
+  """(arguments of models.autoencoder.Autoencoder, arguments of its `to_latents`) from diffusers' config.json.
+
+  Raises:
+    errors.UserError: another kind of autoencoder, or values that are none.
+  """
+  try:
+    widths = config.get("block_out_channels", (64,))
+    if not isinstance(widths, (list, tuple)):
+      raise ValueError(f"block_out_channels: {widths!r} must be a list of widths")
+    channels = config.get("in_channels", 3)
+    _check_kind(config, channels, len(widths))
+    settings = dict(
+        channels=channels, latent_channels=config.get("latent_channels", 4), widths=tuple(widths),
+        layers_per_block=config.get("layers_per_block", 1), groups=config.get("norm_num_groups", 32),
+        quant_conv=config.get("use_quant_conv", True), post_quant_conv=config.get("use_post_quant_conv", True),
+        mid_attention=config.get("mid_block_add_attention", True))
+    autoencoder.Autoencoder(**settings)
+    scales = dict(scaling_factor=config.get("scaling_factor", 0.18215), shift_factor=config.get("shift_factor") or 0.0)
+    config_lib.number("scaling_factor", scales["scaling_factor"], above=0)
+    config_lib.number("shift_factor", scales["shift_factor"])
+  except (ValueError, OverflowError) as e:
+    field, colon, why = str(e)[:300].partition(":")
+    raise errors.UserError(f"--source: config.json: {_FIELDS.get(field, field)}{colon}{why}") from e
+  return settings, scales
+
+
+def _check_kind(config, channels, levels):
+  for field, want in (
+      ("_class_name", "AutoencoderKL"), ("out_channels", channels), ("act_fn", "silu"),
+      ("down_block_types", ["DownEncoderBlock2D"] * levels), ("up_block_types", ["UpDecoderBlock2D"] * levels)):
+    found = config.get(field, want)
+    if (list(found) if isinstance(found, tuple) else found) != want:
+      raise ValueError(f"{field} is {found}; only {want} is built here")
+  # Statistics of each channel: latents scaled by one number alone would be wrong, and no shape shows that.
+  for field in ("latents_mean", "latents_std"):
+    if config.get(field) is not None:
+      raise ValueError(f"{field} is {config[field]}; only scaling_factor and shift_factor are known here")
+  if config.get("scaling_factor", 0.18215) is None:
+    raise ValueError("scaling_factor is null; set the one that the latents' model was trained with")
 
 
 def diffusers_config(settings, scales):
@@ -73,3 +122,42 @@ def diffusers_config(settings, scales):
       layers_per_block=settings["layers_per_block"], norm_num_groups=settings["groups"],
       use_quant_conv=settings["quant_conv"], use_post_quant_conv=settings["post_quant_conv"],
       mid_block_add_attention=settings["mid_attention"], **scales)
+
+
+def read_plan(source):
+  """(table entries, {path: ShapeDtypeStruct}, what FILE is to hold) of a file; prints what it is.
+
+  Raises:
+    errors.UserError: no config.json, one of another kind, or tensors that do not fit it.
+  """
+  if not source.config:
+    raise errors.UserError(f"--source: no config.json beside {source.where}; an autoencoder's settings are read from "
+                           "it")
+  settings, scales = settings_of(source.config)
+  leaves = params_lib.named_leaves(autoencoder.shapes(autoencoder.Autoencoder(**settings)))
+  entries = table.entries(rows(settings, source.shapes), {path: leaf.shape for path, leaf in leaves.items()}, _SAYS)
+  table.check(entries, source.shapes, source.where, faults=source.faults)
+  print(f"{source.where}: {_SAYS} of {len(source.shapes)} tensors", flush=True)
+  return entries, leaves, {"settings": settings, "scales": scales, "config": source.config}
+
+
+def write_plan(path, shapes):
+  """(table entries, config.json) of a converted autoencoder.
+
+  Args:
+    path: FILE in its workdir.
+    shapes: {path: shape} of its weights.
+  Raises:
+    errors.UserError: the file is not of this program, or not of these weights.
+  """
+  try:
+    known = files.parse(path.read_text())
+    settings = known["settings"] | {"widths": tuple(known["settings"]["widths"])}
+    wanted = params_lib.named_leaves(autoencoder.shapes(autoencoder.Autoencoder(**settings)))
+    about = known["config"] | diffusers_config(settings, known["scales"])
+  except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
+    raise errors.UserError(f"--workdir: {path} is not of this program ({type(e).__name__}: {str(e)[:200]}); convert it "
+                           "again") from e
+  if wrong := table.difference({name: leaf.shape for name, leaf in wanted.items()}, shapes):
+    raise errors.UserError(f"--workdir: {path} is not of the weights beside it ({wrong}); convert them again")
+  return table.entries(rows(settings), shapes, _SAYS), about

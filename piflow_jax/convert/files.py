@@ -20,17 +20,18 @@ from piflow_jax import errors
 NAME = "diffusion_pytorch_model"
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _NO_FLOATS = "no dense array of 16, 32 or 64 bit floats"
+_DEEPEST, _MOST = 64, 10**6  # levels and entries of a training state: real ones have less than ten, and some thousands
 
 
 class Source(NamedTuple):
-  """A checkpoint that is open; what is in it is known, nothing of it is read yet."""
+  """A checkpoint that is open: what it holds is known, no tensor is read yet."""
 
   shapes: dict  # {key: shape}
   read: Callable  # key -> array, bfloat16 as ml_dtypes has it
   metadata: dict  # of a safetensors file, texts
   config: dict  # config.json beside it, or {}
   where: str  # for messages
-  faults: dict = {}  # {what is wrong with some keys: {key: the particulars}}; `table.check` tells them with all else
+  faults: dict = {}  # {what is wrong with some keys: {key: the particulars}}; `table.check` adds them to its message
 
 
 @contextlib.contextmanager
@@ -50,14 +51,7 @@ def open_source(path):
   with contextlib.ExitStack() as stack:
     if path.name.endswith(".safetensors.index.json"):
       index = _json(path).get("weight_map")
-      if not index or not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-        raise errors.UserError(f"--source: {path} has no weight_map of keys and names of shards; give the index that belongs "
-                               "to sharded safetensors")
-      shards = [path.parent / name for name in sorted(set(index.values()))]
-      lost = [shard.name for shard in shards if not shard.is_file()]
-      if lost:
-        raise errors.UserError(f"--source: {path} names shards that are not there: {', '.join(lost)}; fetch them")
-      yield _safetensors(shards, stack, path, config, index)
+      yield _safetensors(_shards_of(path, index), stack, path, config, index)
     elif path.suffix == ".safetensors":
       yield _safetensors([path], stack, path, config)
     elif path.suffix in _PICKLED:
@@ -76,14 +70,38 @@ def _in_folder(folder):
   raise errors.UserError(f"--source: no checkpoint in {folder}; give a file, or a folder with one")
 
 
+def parse(text):
+  """The value of a JSON text. Raises ValueError, also for what json.loads overflows Python's stack by."""
+  try:
+    return json.loads(text)
+  except RecursionError as e:
+    raise ValueError("its brackets nest too deep") from e
+
+
 def _json(path):
   try:
-    found = json.loads(path.read_text())
+    found = parse(path.read_text())
   except (OSError, ValueError) as e:
     raise errors.UserError(f"--source: {path} cannot be read: {e}") from e
   if not isinstance(found, dict):
     raise errors.UserError(f"--source: {path} is no table of names and values; mend it or take it away")
   return found
+
+
+def _shards_of(path, index):
+  """Paths of the files that an index names; they lie beside it."""
+  if not index or not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+    raise errors.UserError(f"--source: {path} has no weight_map of keys and names of shards; give the index that "
+                           "belongs to sharded safetensors")
+  names = sorted(set(index.values()))
+  # A downloaded index must not choose which of the user's files are read.
+  if outside := [name for name in names if name != os.path.basename(name) or name in ("", ".", "..")]:
+    raise errors.UserError(f"--source: {path} names {outside[0][:99]!r} as a shard, which is no name of a file beside "
+                           "it; mend the index")
+  beside = set(os.listdir(path.parent))
+  if lost := [name[:99] for name in names if name not in beside]:
+    raise errors.UserError(f"--source: {path} names shards that are not there: {', '.join(lost)}; fetch them")
+  return [path.parent / name for name in names]
 
 
 def _safetensors(paths, stack, where, config, index=None):
@@ -105,9 +123,13 @@ def _safetensors(paths, stack, where, config, index=None):
   if index is not None:
     faults["not in the shard that the index names"] = {
         key: name for key, name in index.items()
-        if key not in doubled and (key not in holder or holder[key][0] != pathlib.Path(name).name)}
+        if key not in doubled and (key not in holder or holder[key][0] != name)}
     faults["not in the index"] = {key: holder[key][0] for key in shapes if key not in index}
-  return Source(shapes, lambda key: holder[key][1].get_tensor(key), metadata, config, str(where), faults)
+
+  def read(key):
+    return holder[key][1].get_tensor(key)
+
+  return Source(shapes, read, metadata, config, str(where), faults)
 
 
 def _pickled(path, config):
@@ -116,21 +138,24 @@ def _pickled(path, config):
   except ImportError as e:
     raise errors.UserError(f"--source: reading {path.name} needs PyTorch: pip install -e '.[torch]', or convert it to "
                            "safetensors where you have PyTorch") from e
+  is_zip = zipfile.is_zipfile(path)
+  if is_zip:
+    _check_sums(path)
   try:
     # Weights only: tensors and plain containers, nothing that could run. Training scripts leave their arguments beside
     # the weights, in a class that does nothing but hold them.
     with torch.serialization.safe_globals([argparse.Namespace]):
-      tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-  except Exception as e:  # whatever its unpickler refuses
+      tree = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+  except Exception as e:  # PyTorch's unpickler raises errors of many types at files that it refuses
     reason = f"{type(e).__name__} {str(e).strip().splitlines()[0] if str(e).strip() else ''}".strip()
-    raise errors.UserError(f"--source: {path} cannot be read as weights alone ({reason}); save its state dict anew, best as "
-                           "safetensors") from e
-  tensors = _named_tensors(tree, torch.Tensor) if isinstance(tree, dict) else {}
+    raise errors.UserError(f"--source: {path} cannot be read as weights alone ({reason}); save its state dict anew, "
+                           "best as safetensors") from e
+  tensors = _named_tensors(tree, torch.Tensor, path)
   if not tensors:
     raise errors.UserError(f"--source: {path} holds no tensors by name")
-  float_ = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-  odd = {k: str(v.layout if v.layout != torch.strided else v.dtype) for k, v in tensors.items()
-         if v.dtype not in float_ or v.layout != torch.strided}
+  floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+  odd = {k: f"{v.dtype} {v.layout} {v.device}" for k, v in tensors.items()
+         if v.dtype not in floats or v.layout != torch.strided or v.device.type != "cpu"}
 
   def read(key):
     tensor = tensors[key].detach()
@@ -141,14 +166,53 @@ def _pickled(path, config):
   return Source({k: tuple(v.shape) for k, v in tensors.items()}, read, {}, config, str(path), {_NO_FLOATS: odd})
 
 
-def _named_tensors(tree, kind, prefix=""):
-  """{"ema.blocks.0.weight": tensor} of a training state, whatever it keeps beside: `without_prefix` finds the weights."""
-  found = {}
-  for name, value in tree.items():
-    if isinstance(name, str) and isinstance(value, kind):
-      found[prefix + name] = value
-    elif isinstance(name, str) and isinstance(value, dict):
-      found |= _named_tensors(value, kind, f"{prefix}{name}.")
+def _check_sums(path):
+  """Hold a zip file's members against the CRC-32 that it stores of each; PyTorch's own reader passes over them.
+
+  Raises:
+    errors.UserError: members that are not what was written.
+  """
+  broken = []
+  try:
+    with zipfile.ZipFile(path) as file:
+      for member in file.infolist():
+        # torch.save stores 0 of every member where set_crc32_options has switched the sums off.
+        if member.CRC and not _whole(file, member):
+          broken.append(member.filename)
+  except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as e:
+    raise errors.UserError(f"--source: {path} cannot be read: {e}; fetch it again") from e
+  if broken:
+    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+    raise errors.UserError(f"--source: {path} is damaged: the CRC-32 that it stores is not that of "
+                           f"{', '.join(broken[:3])}{more}; fetch it again")
+
+
+def _whole(file, member):
+  try:
+    with file.open(member) as stream:
+      while stream.read(1 << 20):
+        pass
+  except zipfile.BadZipFile:  # at the end of the member, where its sum is known
+    return False
+  return True
+
+
+def _named_tensors(tree, kind, path):
+  """{"ema.blocks.0.weight": tensor} of a training state, in which `without_prefix` finds the weights."""
+  found, left, seen = {}, [("", tree, 0)] if isinstance(tree, dict) else [], 0
+  while left:
+    prefix, node, depth = left.pop()
+    seen += len(node)
+    if depth > _DEEPEST or seen > _MOST:  # a dict that holds itself, or one dict many times over
+      raise errors.UserError(f"--source: {path} holds dicts within dicts without end ({prefix[:40]}...); save the "
+                             "state dict alone")
+    inner = []
+    for name, value in node.items():
+      if isinstance(name, str) and isinstance(value, kind):
+        found[prefix + name] = value
+      elif isinstance(name, str) and isinstance(value, dict):
+        inner.append((f"{prefix}{name}.", value, depth + 1))
+    left += reversed(inner)
   return found
 
 
@@ -161,23 +225,57 @@ def without_prefix(source, recognised):
   if recognised(source.shapes):
     return source
   prefixes = {key[:i + 1] for key in source.shapes for i, c in enumerate(key) if c == "."}
-  for prefix in sorted(prefixes, key=lambda p: ("ema" not in p, len(p), p)):
-    under = lambda named: {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
-    shapes = under(source.shapes)
+  for prefix in sorted(prefixes, key=_ema_first):
+    shapes = _under(prefix, source.shapes)
     if recognised(shapes):
+      def read(key, prefix=prefix):
+        return source.read(prefix + key)
+
       return source._replace(
-          shapes=shapes, read=lambda key: source.read(prefix + key), where=f"{source.where} under {prefix!r}",
-          faults={what: under(keys) for what, keys in source.faults.items()})
+          shapes=shapes, read=read, where=f"{source.where} under {prefix!r}",
+          faults={what: _under(prefix, keys) for what, keys in source.faults.items()})
   return source
 
 
+def _ema_first(prefix):
+  return "ema" not in prefix, len(prefix), prefix
+
+
+def _under(prefix, named):
+  return {key.removeprefix(prefix): value for key, value in named.items() if key.startswith(prefix)}
+
+
 def check_free(folder):
-  """Raises errors.UserError: `write` would not write there."""
+  """Raises errors.UserError: `write` could not write there."""
   if "://" in str(folder):
     raise errors.UserError(f"--out: {str(folder)!r}: only local folders; copy it from there")
+  check_writable(folder, "--out")
   folder = pathlib.Path(folder)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise errors.UserError(f"--out: {str(folder)!r} is there and not empty; choose another")
+
+
+def check_writable(folder, flag):
+  """Raises errors.UserError: a local folder cannot be made, or not be written to. Makes nothing."""
+  if "://" in str(folder):
+    return
+  path = pathlib.Path(os.path.abspath(folder))
+  for place in (path, *path.parents):
+    try:
+      os.stat(place)
+    except FileNotFoundError:
+      continue
+    except OSError as e:
+      raise _unwritable(flag, folder, e) from e
+    break
+  if place != path and not place.is_dir():
+    raise _unwritable(flag, folder, f"{place} is no folder")
+  if not os.access(place, os.W_OK):
+    raise _unwritable(flag, folder, f"no permission in {place}")
+
+
+def _unwritable(flag, folder, why):
+  return errors.UserError(f"{flag}: cannot write to {str(folder)!r} ({why}); choose a folder that you may write")
 
 
 def write(folder, shapes, tensors, *, dtype, config, metadata, beside=(), max_bytes=5 << 30):
@@ -186,7 +284,8 @@ def write(folder, shapes, tensors, *, dtype, config, metadata, beside=(), max_by
   Args:
     folder: that is made; it must not be there yet, or be empty.
     shapes: {key: shape} of all that there is to write.
-    tensors: iterable of (key, array) in that order; one is in memory at a time.
+    tensors: iterable of (key, array) in that order; one is in memory at a time. What it raises, also after the last,
+      is raised, and nothing stays.
     dtype: of all arrays, float32 or bfloat16.
     config: for config.json.
     metadata: {name: text} for each file's header.
@@ -201,6 +300,7 @@ def write(folder, shapes, tensors, *, dtype, config, metadata, beside=(), max_by
   folder = pathlib.Path(os.path.abspath(folder))
   partial = folder.with_name(f".{folder.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
+  missing = [place for place in folder.parents if not place.exists()]
   shards = _shards(shapes, np.dtype(dtype).itemsize, max_bytes)
   names = [f"{NAME}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
   names = [f"{NAME}.safetensors"] if len(shards) == 1 else names
@@ -215,6 +315,8 @@ def write(folder, shapes, tensors, *, dtype, config, metadata, beside=(), max_by
           if (found, array.shape, array.dtype) != (key, tuple(shapes[key]), dtype):
             raise ValueError(f"{found} {array.shape} {array.dtype} where {key} {shapes[key]} {dtype} was announced")
           file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    if next(tensors, None) is not None:  # `tensors` may also raise at its end
+      raise ValueError("more tensors than were announced")
     if len(shards) > 1:
       total = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(dtype).itemsize
       index: dict[str, Any] = {"metadata": {"total_size": total},
@@ -226,12 +328,14 @@ def write(folder, shapes, tensors, *, dtype, config, metadata, beside=(), max_by
     if folder.exists():
       folder.rmdir()
     partial.rename(folder)
-  except OSError as e:
+  except BaseException as e:
     shutil.rmtree(partial, ignore_errors=True)
-    raise errors.UserError(f"--out: cannot write to {str(folder)!r} ({e}); choose a folder that you may write") from e
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
+    for place in missing:
+      with contextlib.suppress(OSError):
+        place.rmdir()
+    if not isinstance(e, OSError):
+      raise
+    raise _unwritable("--out", folder, e) from e
   return sorted(path.name for path in folder.iterdir())
 
 
@@ -254,7 +358,8 @@ def _header(shapes, dtype, metadata):
   end = 0
   for key, shape in shapes.items():
     start, end = end, end + math.prod(shape) * dtype.itemsize
-    entries[key] = {"dtype": "F32" if dtype == np.float32 else "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    name = "F32" if dtype == np.float32 else "BF16"
+    entries[key] = {"dtype": name, "shape": list(shape), "data_offsets": [start, end]}
   text = json.dumps(entries).encode()
   text += b" " * (-len(text) % 8)
   return len(text).to_bytes(8, "little") + text

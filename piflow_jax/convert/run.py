@@ -1,23 +1,25 @@
 """Weights from PyTorch and to PyTorch, as functions."""
 
+import contextlib
 import functools
 import json
 import pathlib
 
 from etils import epath
-import jax
 import ml_dtypes
 import numpy as np
 import tqdm
 
-from piflow_jax import build
-from piflow_jax import checkpoint
 from piflow_jax import errors
-from piflow_jax import params as params_lib
+from piflow_jax import lock
+from piflow_jax import weights as weights_lib
+from piflow_jax import workdir as workdir_lib
 from piflow_jax.convert import autoencoder
-from piflow_jax.convert import dit
 from piflow_jax.convert import files
+from piflow_jax.convert import naming as naming_lib
+from piflow_jax.convert import paths
 from piflow_jax.convert import table
+from piflow_jax.convert import trees
 from piflow_jax.models import autoencoder as autoencoder_lib
 
 
@@ -26,44 +28,35 @@ def from_torch(path, workdir, config=None, *, naming=None, dry_run=False):
 
   Args:
     path: file or folder; see `files.open_source`.
-    workdir: that is made; local or gs://.
+    workdir: that is made, local or gs://. Its config.json is of a run that would have these weights.
     config: whose network the weights are for, its teacher's or its student's; an autoencoder needs none.
-    naming: name in `dit.NAMINGS`, where the keys do not tell.
+    naming: name of the naming, where the keys do not tell.
     dry_run: print the mapping, write nothing.
   Raises:
-    errors.UserError: whatever does not fit, before anything is written.
+    errors.UserError: whatever does not fit, before anything is written, or with nothing left of what was.
   """
-  checkpoint.check_free(workdir)
+  files.check_writable(workdir, "--workdir")
+  weights_lib.check_free(workdir)
+  namings = {} if config is None else _namings(*trees.networks_of(config))
   with files.open_source(path) as source:
-    source = files.without_prefix(source, lambda keys: bool(autoencoder.recognised(keys) or dit.namings_of(keys)))
+    source = files.without_prefix(source, functools.partial(_recognised, namings))
     if autoencoder.recognised(source.shapes):
       if naming:
         raise errors.UserError(f"--format: {source.where} is an autoencoder, which has one naming; leave it out")
-      return _autoencoder_from_torch(source, workdir, dry_run)
-    _check_config(config)
-    name = _naming_of(source, naming)
-    naming, told = dit.NAMINGS[name], dit.network_of(source.config)
-    clash = [f"{k} is {told[k]} there" for k, v in naming.network.items() if told.get(k, v) != v]
-    if clash:
-      raise errors.UserError(f"--format: {name} is not what config.json beside {source.where} tells: {', '.join(clash)}; "
-                             "choose the format that it is of, or take config.json away")
-    _check_network(config, naming.says, naming.unless_told | told | naming.network)
-    stored = dit.stored_policy(source.metadata, source.config, source.where)
-    source = _velocity_channels_alone(source, naming, config, stored)
-    role, shapes = _tree_for(config, source, naming, stored)
-    entries = table.entries(naming.rows(config.network.depth, config.network.patch),
-                            {k: v.shape for k, v in params_lib.named_leaves(shapes).items()}, naming.says)
-    left_out = table.check(entries, source.shapes, source.where, (*naming.ignored, *naming.constants), source.faults,
-                           source.read)
-    for key in naming.constants:
-      if key in source.shapes:
-        dit.check_positions(source.read(key), config, f"--source: {key}")
-    print(f"{source.where}: {naming.says}; a {role} of {len(source.shapes) - len(left_out)} tensors"
-          + (f"; left out: {table.listed(left_out)}" if left_out else ""), flush=True)
-    print(_taken(config, name, role, told, stored), flush=True)
-    _fill_workdir(entries, shapes, source, workdir, dry_run)
-  if not dry_run:
-    print(f"wrote {workdir}; give it as " + ("--config.teacher.checkpoint" if role == "teacher" else "--workdir"))
+      entries, leaves, about = autoencoder.read_plan(source)
+      write = functools.partial(_write_text, epath.Path(workdir) / autoencoder_lib.FILE, json.dumps(about))
+      flag = "--autoencoder"
+    elif config is None:
+      raise errors.UserError("--config: missing; give the config whose network the weights are for")
+    else:
+      name = _naming_of(source, naming, namings)
+      weights, entries, source, made = _read_plan(source, config, name, namings[name])
+      leaves, write = weights.leaves, functools.partial(workdir_lib.write, workdir, made)
+      flag = "--config.teacher.checkpoint" if weights.role == "teacher" else "--workdir"
+    if dry_run:
+      return _print_mapping(entries, "<-")
+    _fill_workdir(workdir, _leaves(entries, leaves, source, workdir), write)
+  print(f"wrote {workdir}; give it as {flag}")
 
 
 def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32", dry_run=False, max_bytes=5e9):
@@ -72,213 +65,230 @@ def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32
   Args:
     workdir: of the run, or one that `from_torch` made.
     out: folder to make; a dry run needs none.
-    config: of the run; an autoencoder needs none.
-    naming: name in `dit.NAMINGS` for a teacher; pi-Flow's release by default, and for students.
+    config: of the run; None: the workdir's own.
+    naming: name of the naming; None: the first that the network has, pi-Flow's release for a DiT.
     ema: averaged weights, not the last ones.
     dtype: "float32" or "bfloat16".
     dry_run: print the mapping, write nothing.
     max_bytes: of a file.
   Raises:
-    errors.UserError: whatever does not fit, before anything is written.
+    errors.UserError: whatever does not fit, before anything is written, or with nothing left of what was.
   """
   if out is not None:
     files.check_free(out)
-  with checkpoint.open_weights(workdir, "ema" if ema else "params", "--workdir") as (shapes, read):
+  with contextlib.ExitStack() as stack:
+    shapes, read = stack.enter_context(weights_lib.open_weights(workdir, "ema" if ema else "params", "--workdir"))
     settings = epath.Path(workdir) / autoencoder_lib.FILE
     if settings.exists():
-      known = json.loads(settings.read_text())
-      entries = table.entries(autoencoder.rows(known["settings"], None), shapes, "diffusers' AutoencoderKL")
-      about = known["config"] | autoencoder.diffusers_config(known["settings"], known["scales"])
+      if naming:
+        raise errors.UserError(f"--format: {workdir} holds an autoencoder, which has one naming; leave it out")
+      entries, about = autoencoder.write_plan(settings, shapes)
       policy, constants, beside = None, {}, ()
     else:
-      _check_config(config)
-      entries, about, policy, constants, beside = _network_to_torch(config, shapes, naming or "release", workdir)
+      weights = trees.of_run(workdir, config, shapes)
+      using, entries, about = _write_plan(weights, naming)
+      policy, constants, beside = weights.policy, using.constants(weights), using.beside
+      read = _over_teachers(weights, read, stack)
     if dry_run:
       return _print_mapping(entries, "->")
     there = {key: entry.shape_there for entry in entries for key in entry.keys}
     there |= {key: tensor.shape for key, tensor in constants.items()}
     dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     written = files.write(
-        out, there, _tensors(entries, read, constants, dtype, out), dtype=dtype, config=about, beside=beside,
-        max_bytes=max_bytes, metadata={"policy_config": json.dumps(policy)} if policy else {})
+        out, there, _tensors(entries, read, constants, dtype, workdir), dtype=dtype, config=about, max_bytes=max_bytes,
+        beside=[pathlib.Path(__file__).with_name(name) for name in beside],
+        metadata={"policy_config": json.dumps(policy)} if policy else {})
     print(f"wrote {out}: {', '.join(written)}")
 
 
-def _network_to_torch(config, shapes, name, workdir):
-  """(entries, config.json, policy_config or None, constants, files beside) of a network whose leaves have `shapes`."""
-  if config.method is build.meanflow:
-    raise errors.UserError("--config: config.method is meanflow, and networks of two times have no names in PyTorch")
-  teacher = {k: v.shape for k, v in params_lib.named_leaves(build.teacher_shapes(config)).items()}
-  student = _has_policy(config) and shapes.get("head/out/kernel") != teacher.get("head/out/kernel", ())
-  if student and name != "release":
+def _namings(*networks):
+  found = {}
+  for network in networks:
+    found |= naming_lib.of_network(network.make)
+  return found | paths.NAMINGS
+
+
+def _recognised(namings, keys):
+  return autoencoder.recognised(keys) or any(naming.recognised(keys) for naming in namings.values())
+
+
+def _chosen(given, namings):
+  if given not in namings:
+    raise errors.UserError(f"--format: {given!r} is none of {', '.join(namings)}, which there are for config.network")
+  return given
+
+
+def _naming_of(source, given, namings):
+  """The name of a file's naming."""
+  if given:
+    _chosen(given, namings)
+  found = [name for name, naming in namings.items() if naming.recognised(source.shapes)]
+  if not found:
+    some = ", ".join(list(source.shapes)[:3])
+    raise errors.UserError(f"--source: {source.where} is of no naming that is known here (keys like {some}); known are "
+                           + "; ".join(naming.says for naming in namings.values()))
+  if given:
+    if given not in found:
+      raise errors.UserError(f"--format: {given}, but the keys of {source.where} are those of {', '.join(found)}")
+    return given
+  if len(found) > 1:
+    says = "; ".join(f"{n}: {namings[n].says}" for n in found)
+    raise errors.UserError(f"--format: missing; the keys of {source.where} are those of {', '.join(found)} alike, and "
+                           f"their time and velocity differ ({says})")
+  return found[0]
+
+
+def _read_plan(source, config, name, naming):
+  """What is to become of a file, after all checks; prints what it is.
+
+  Returns:
+    (Weights, table entries, Source less what no tree has, config of a run of these weights).
+  """
+  try:
+    stated, latents = naming.stated(source.config), naming.latents(source.config)
+  except (ValueError, OverflowError) as e:
+    raise errors.UserError(f"--source: config.json beside {source.where}: {str(e)[:200]}; mend it or take it "
+                           "away") from e
+  clash = [f"{k} is {stated[k]} there" for k, v in naming.network.items() if stated.get(k, v) != v]
+  if clash:
+    raise errors.UserError(f"--format: {name} is not what config.json beside {source.where} says: {', '.join(clash)}; "
+                           "choose the format that it is of, or take config.json away")
+  teacher, own = trees.weights_of(config)
+  stored = naming_lib.stored_policy(source, naming.classes)
+  named = [weights for weights in (teacher, own) if naming in _namings(weights.network).values()]
+  if len(named) == 2:
+    source = naming.prepared(source, teacher, own, stored)
+    weights = trees.of_file(source, teacher, own, stored, naming.rows(teacher))
+  else:
+    weights = named[0]  # the other is of a network that does not go by these names
+  trees.check_network(weights, naming.says, naming.unless_stated | stated | naming.network)
+  trees.check_file(source, weights, stored, latents)
+  rows, constants = naming.rows(weights), naming.constants(weights)
+  entries = table.entries(rows, weights.shapes, naming.says)
+  wanted = {key: entry.shape_there for entry in entries for key in entry.keys}
+  left_out = table.check(
+      entries, source.shapes, source.where, (*naming.ignored, *constants), source.faults, source.read,
+      table.hints(rows, naming.sizes(weights), wanted, source.shapes))
+  for key, array in constants.items():
+    if key in source.shapes:
+      if faults := [what for what, keys in source.faults.items() if key in keys]:
+        raise errors.UserError(f"--source: {source.where}: {faults[0]}: {key}")
+      naming.check_constant(source.read(key), array, f"--source: {key}")
+  print(f"{source.where}: {naming.says}; a {weights.role} of {len(source.shapes) - len(left_out)} tensors"
+        + (f"; left out: {table.listed(left_out)}" if left_out else ""), flush=True)
+  if line := "; ".join(filter(None, [naming.remark(weights, stated), trees.unsaid(weights, stored)])):
+    print(line, flush=True)
+  return weights, entries, source, trees.config_for(weights, own)
+
+
+def _write_plan(weights, given):
+  """(Naming, table entries, config.json) of an export, after all checks."""
+  namings = _namings(weights.network)
+  name = _chosen(given, namings) if given else next(iter(namings))
+  naming = namings[name]
+  if weights.head is not None and not naming.students:
     raise errors.UserError(f"--format: {name} has no names for a student's head; leave it out")
-  height, width, _ = config.data.shape
-  if name != "release" and height != width:
-    raise errors.UserError(f"--format: {name} has square latents only, not {height} x {width}; leave it out")
-  naming, policy = dit.NAMINGS[name], dit.policy_config(build.policy_head(config)) if student else None
-  _check_network(config, naming.says, naming.network)
-  expected = {k: v.shape for k, v in params_lib.named_leaves(_student_shapes(config)).items()} if student else teacher
-  if expected != shapes:
-    raise errors.UserError(f"--workdir: {str(workdir)!r} does not fit the config's network: "
-                           f"{table.difference(expected, shapes)}; give the config that it was trained with")
-  entries = table.entries(naming.rows(config.network.depth, config.network.patch), shapes, naming.says)
-  constants = {key: dit.positions(config) for key in naming.constants}
-  if name == "release":
-    told, n = dit.release_diffusion(config.network), config.network
-    print("pi-Flow's release: " + (
-        f"set {', '.join(f'{k}={v}' for k, v in told.items())} in the diffusion that it runs this network in" if told else
-        f"no setting of it embeds {n.time_offset} + {n.time_scale} t, as this network wants; piflow_torch.py does"),
-          flush=True)
-  beside = [pathlib.Path(__file__).with_name("piflow_torch.py")] if name == "release" else []
-  return entries, dit.model_config(config, name, policy, float(build.shift(config))), policy, constants, beside
+  if why := naming.refuse(weights):
+    raise errors.UserError(f"--format: {name}: {why}; --format=paths writes every array under its own path")
+  trees.check_network(weights, naming.says, naming.network)
+  entries = table.entries(naming.rows(weights), weights.shapes, naming.says)
+  about = naming.about(weights)
+  about["piflow_jax"] = naming_lib.settings(weights, name) | about["piflow_jax"]
+  if remark := naming.remark(weights, None):
+    print(remark, flush=True)
+  return naming, entries, about
 
 
-def _tensors(entries, read, constants, dtype, out):
-  leaf = functools.lru_cache(1)(read)  # the layers of a leaf come one after the other
-  for entry in tqdm.tqdm(entries, unit="tensor", desc=str(out), disable=None):
+def _over_teachers(weights, read, stack):
+  """read(path) of a student's leaves, and of the teacher's where its own checkpoints leave them to it."""
+  if not weights.frozen:
+    return read
+  c, field = weights.config.teacher, "config.teacher.checkpoint"
+  if not c.checkpoint:
+    raise errors.UserError(f"{field}: is empty, and {table.listed(sorted(weights.frozen))} of this student are its "
+                           "teacher's; give the workdir of the teacher's run")
+  workdir_lib.check_teacher(weights.config)
+  shapes, read_teachers = stack.enter_context(weights_lib.open_weights(c.checkpoint, c.weights, field))
+  wanted = {path: weights.shapes[path] for path in weights.frozen}
+  if wrong := table.difference(wanted, {path: shape for path, shape in shapes.items() if path in wanted}):
+    raise errors.UserError(f"{field}: {c.checkpoint!r} does not fit config.network: {wrong}")
+
+  def read_either(path):
+    return (read_teachers if path in weights.frozen else read)(path)
+
+  return read_either
+
+
+def _tensors(entries, read, constants, dtype, workdir):
+  """(key, array) of all entries, then of constants. Raises errors.UserError at the end: some are not finite."""
+  leaf, broken = functools.lru_cache(1)(read), []  # the layers of a leaf come one after the other
+  for entry in tqdm.tqdm(entries, unit="tensor", desc=str(workdir), disable=None):
     array = leaf(entry.path)
     for key, tensor in entry.to_there(array if entry.layer is None else array[entry.layer]):
+      if not table.is_finite(tensor):
+        broken.append(key)
       yield key, tensor.astype(dtype)
   for key, tensor in constants.items():
     yield key, tensor.astype(dtype)
+  if broken:
+    raise errors.UserError(f"--workdir: {str(workdir)!r} holds NaN or infinity, in {table.listed(broken)}; export a "
+                           "run whose weights are finite")
 
 
-def _autoencoder_from_torch(source, workdir, dry_run):
-  if not source.config:
-    raise errors.UserError(f"--source: no config.json beside {source.where}; an autoencoder's settings are read from it")
-  settings, scales = autoencoder_lib.settings_of(source.config)
-  net = autoencoder_lib.Autoencoder(**settings)
-  shapes = autoencoder_lib.shapes(net)
-  entries = table.entries(autoencoder.rows(settings, source.shapes),
-                          {k: v.shape for k, v in params_lib.named_leaves(shapes).items()}, "diffusers' AutoencoderKL")
-  table.check(entries, source.shapes, source.where, faults=source.faults)
-  print(f"{source.where}: diffusers' AutoencoderKL of {len(source.shapes)} tensors", flush=True)
-  about = {"settings": settings, "scales": scales, "config": source.config}
-  _fill_workdir(entries, shapes, source, workdir, dry_run, beside=about)
-  if not dry_run:
-    print(f"wrote {workdir}")
+def _leaves(entries, leaves, source, workdir):
+  """(path, array) of all leaves of a file. Raises errors.UserError at the end: some are not finite."""
+  of_leaf, broken = {}, []
+  for entry in entries:
+    of_leaf.setdefault(entry.path, []).append(entry)
+  with tqdm.tqdm(total=len(entries), unit="tensor", desc=str(workdir), disable=None) as bar:
+    for path, shape in leaves.items():
+      leaf = np.empty(shape.shape, shape.dtype)
+      for entry in of_leaf[path]:
+        part = () if entry.layer is None else entry.layer
+        with np.errstate(over="ignore"):  # float64 beyond float32's range becomes infinite, and is found
+          leaf[part] = entry.to_here(source.read)
+        if not table.is_finite(leaf[part]):
+          broken += entry.keys
+        bar.update()
+      yield path, leaf
+      del leaf
+  if broken:
+    raise errors.UserError(f"--source: {source.where} holds NaN or infinity, in {table.listed(broken)}; take another "
+                           "checkpoint of that run")
 
 
-def _fill_workdir(entries, shapes, source, workdir, dry_run, beside=None):
-  if dry_run:
-    return _print_mapping(entries, "<-")
-  settings = epath.Path(workdir) / autoencoder_lib.FILE
-  settings.unlink(missing_ok=True)  # of an autoencoder whose import was killed: there are no weights to it
+def _write_text(path, text):
+  path.write_text(text)
 
-  def leaves():
-    with tqdm.tqdm(total=len(entries), unit="tensor", desc=str(workdir), disable=None) as bar:
-      for path, shape in params_lib.named_leaves(shapes).items():
-        leaf = np.empty(shape.shape, shape.dtype)
-        for entry in (e for e in entries if e.path == path):
-          leaf[() if entry.layer is None else entry.layer] = entry.to_here(source.read)
-          bar.update()
-        yield path, leaf
-    if beside:  # before the weights are whole: weights without it would be taken for a network's
-      settings.write_text(json.dumps(beside))
 
-  try:
-    checkpoint.save_weights(workdir, leaves())
-  except BaseException:
-    settings.unlink(missing_ok=True)
-    if settings.parent.exists() and not list(settings.parent.iterdir()):
-      settings.parent.rmdir()
-    raise
+def _fill_workdir(workdir, leaves, write):
+  """Make a workdir of leaves (path, array) and what `write` writes beside them; all of it, or nothing."""
+  folder, kept = epath.Path(workdir), {}
+  with lock.hold(workdir):
+    weights_lib.check_free(workdir)  # another program may have filled it meanwhile
+    for path in (folder / "config.json", folder / autoencoder_lib.FILE):
+      if path.exists():  # of a run that saved nothing, or of an import that was killed
+        kept[path] = path.read_bytes()
+        path.unlink()
+    try:
+      weights_lib.save_weights(workdir, _then(leaves, write))
+    except BaseException as e:
+      for name in ("config.json", "config.json.tmp", autoencoder_lib.FILE):
+        (folder / name).unlink(missing_ok=True)
+      for path, data in kept.items():
+        path.write_bytes(data)
+      if not isinstance(e, errors.NotWritten):
+        raise
+      raise errors.UserError(f"--workdir: cannot write to {str(workdir)!r} ({e.__cause__}); choose a folder that you "
+                             "may write") from e
+
+
+def _then(leaves, write):
+  yield from leaves
+  write()  # before the weights are whole: nobody could say what weights without it are
 
 
 def _print_mapping(entries, arrow):
   for entry in entries:
     here = entry.path if entry.layer is None else f"{entry.path}[{entry.layer}]"
     print(f"{here} {entry.shape} {arrow} {', '.join(entry.keys)} {entry.shape_there}")
-
-
-def _check_config(config):
-  if config is None:
-    raise errors.UserError("--config: missing; give the config whose network the weights are for")
-  build.run(config)  # fields that do not fit one another are told now
-
-
-def _has_policy(config):
-  return config.method not in (build.flow_matching, build.meanflow)
-
-
-def _naming_of(source, given):
-  found = dit.namings_of(source.shapes)
-  if not found:
-    some = ", ".join(list(source.shapes)[:3])
-    raise errors.UserError(f"--source: {source.where} is of no naming that is known here (keys like {some}); known are "
-                           + "; ".join(n.says for n in dit.NAMINGS.values()))
-  if given:
-    if given not in found:
-      raise errors.UserError(f"--format: {given}, but the keys of {source.where} are those of {', '.join(found)}")
-    return given
-  if len(found) > 1:
-    raise errors.UserError(f"--format: missing; the keys of {source.where} are those of {', '.join(found)} alike, and their "
-                           "time and velocity differ (" + "; ".join(f"{n}: {dit.NAMINGS[n].says}" for n in found) + ")")
-  return found[0]
-
-
-def _check_network(config, what, fields):
-  """Fields of the network that no shape tells. Raises errors.UserError."""
-  wrong = [f"config.network.{k} is {config.network[k]}, set {v}" for k, v in fields.items() if config.network[k] != v]
-  if wrong:
-    raise errors.UserError(f"--config: for {what}: {'; '.join(wrong)}")
-
-
-def _taken(config, name, role, told, stored):
-  """A line on what the weights are taken to mean and no shape of theirs tells."""
-  n = config.network
-  line = (f"taken to embed {n.time_offset} + {n.time_scale} t (config.network.time_offset, time_scale) and to have "
-          f"mlp_norm_eps {n.mlp_norm_eps}")
-  if name == "release" and "time_scale" not in told:
-    line += ("; these files do not tell: the time_scale is num_timesteps of the release's own config (1 for REPA, 1000 for "
-             "FM-DiT); with flip_model_timesteps there (SiT) it is -num_timesteps, and time_offset is num_timesteps")
-  if role == "student":
-    mine = dit.policy_config(build.policy_head(config))
-    unsaid = [f"{k} {v}" for k, v in mine.items() if k not in (stored or {}) and (k != "type" or v != "GMFlow")]
-    line += f"; policy, by the config alone: {', '.join(unsaid)}" if unsaid else ""
-  return line
-
-
-def _velocity_channels_alone(source, naming, config, policy):
-  """The source without the rows of its output layer that no velocity needs."""
-  keys = (naming.output, naming.output.replace("weight", "bias"))
-  channels, patch = config.data.shape[-1], config.network.patch
-  stored = dit.first_channels(source.shapes.get(naming.output, (0,)), channels, patch)
-  is_students = source.shapes.get(naming.output) == _rows_of_student(config)
-  if stored and is_students and policy is None and not source.config:
-    raise errors.UserError(f"--config: {source.where} may be a teacher with a variance or a student of {stored // channels} "
-                           "points; give a config of other config.policy.points to read it as a teacher")
-  if not stored or policy is not None or any(key not in source.shapes for key in keys):
-    return source
-  print(f"{naming.output}: {stored} channels a position, of which the first {channels} are the velocity", flush=True)
-  cut = lambda shape: (patch**2 * channels, *shape[1:])
-  read = lambda key: dit.cut_channels(source.read(key), stored, channels) if key in keys else source.read(key)
-  return source._replace(shapes=source.shapes | {key: cut(source.shapes[key]) for key in keys}, read=read)
-
-
-def _rows_of_student(config):
-  """Shape of the weight of a student's output layer, if it is one layer of many velocities."""
-  if not _has_policy(config):
-    return None
-  out = params_lib.named_leaves(_student_shapes(config)).get("head/out/kernel")
-  return None if out is None else (int(np.prod(out.shape[1:])), out.shape[0])
-
-
-def _tree_for(config, source, naming, policy):
-  """("teacher" or "student", tree of shapes): whose output layers the file has."""
-  told = policy is not None or bool(source.config)  # of a file that comes alone, the shapes have to tell
-  if policy or "proj_out_means.weight" in source.shapes or (
-      not told and source.shapes.get(naming.output, ()) == _rows_of_student(config)):
-    if not _has_policy(config):
-      raise errors.UserError(f"--config: {source.where} is a student; give a student's config")
-    mine = dit.policy_config(build.policy_head(config))
-    differ = [f"{k} is {mine.get(k)!r}, the file's {v!r}" for k, v in (policy or {}).items() if mine.get(k, v) != v]
-    if differ:
-      raise errors.UserError(f"--config: its policy is not the one of {source.where}: {'; '.join(differ)}; set config.policy "
-                             "and config.flow to the file's")
-    return "student", _student_shapes(config)
-  return "teacher", build.teacher_shapes(config)
-
-
-def _student_shapes(config):
-  return jax.eval_shape(build.run(config).init, jax.random.key(0), build.teacher_shapes(config))

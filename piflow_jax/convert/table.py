@@ -1,24 +1,127 @@
 """Weights here and in PyTorch: a table of rows for each model and naming, read in either direction.
 
 A row says which leaf here is which tensors there, and by what transform. `entries` meets a table with a tree and makes
-of it what one tensor after the other can be converted by: nothing here holds more than one leaf's layer at a time.
+of it steps that each convert one tensor: nothing here holds more than one leaf's layer at a time.
+
+A transform has three methods: shape_there(shape here) -> shape there; here(array there, shape here) -> array here;
+there(array here) -> array there.
 """
 
+import dataclasses
 import math
 import re
-from typing import Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from piflow_jax import errors
 
 
-class Transform(NamedTuple):
-  """One tensor (or a leaf's layer) both ways."""
+class Plain:
+  """The same on both sides."""
 
-  shape_there: Callable  # shape here -> shape there
-  here: Callable  # (array there, shape here) -> array here
-  there: Callable  # array here -> array there
+  def shape_there(self, shape):
+    return tuple(shape)
+
+  def here(self, x, shape):
+    return x.reshape(shape)
+
+  def there(self, x):
+    return x
+
+
+class Flat:
+  """An array <-> a vector of its numbers."""
+
+  def shape_there(self, shape):
+    return (math.prod(shape),)
+
+  def here(self, x, shape):
+    return x.reshape(shape)
+
+  def there(self, x):
+    return x.reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+  """A kernel whose first `inputs` axes are summed over <-> a weight (out, in)."""
+
+  inputs: int = 1
+
+  def shape_there(self, shape):
+    return math.prod(shape[self.inputs:]), math.prod(shape[:self.inputs])
+
+  def here(self, x, shape):
+    return x.T.reshape(shape)
+
+  def there(self, x):
+    return x.reshape(self.shape_there(x.shape)[::-1]).T
+
+
+class Convolution:
+  """A convolution's kernel [h, w, in, out] <-> (out, in, h, w)."""
+
+  def shape_there(self, shape):
+    return shape[3], shape[2], shape[0], shape[1]
+
+  def here(self, x, shape):
+    del shape
+    return x.transpose(2, 3, 1, 0)
+
+  def there(self, x):
+    return x.transpose(3, 2, 0, 1)
+
+
+class Pixel:
+  """A linear layer [in, out] <-> a convolution of one pixel (out, in, 1, 1)."""
+
+  def shape_there(self, shape):
+    return shape[1], shape[0], 1, 1
+
+  def here(self, x, shape):
+    return x[:, :, 0, 0].T.reshape(shape)
+
+  def there(self, x):
+    return x.T[:, :, None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+  """A linear layer on patches [p p C, D] <-> the convolution of that stride (D, C, p, p)."""
+
+  patch: int
+
+  def _unflat(self, shape):
+    return self.patch, self.patch, shape[0] // self.patch**2, shape[1]
+
+  def shape_there(self, shape):
+    return CONVOLUTION.shape_there(self._unflat(shape))
+
+  def here(self, x, shape):
+    return CONVOLUTION.here(x, shape).reshape(shape)
+
+  def there(self, x):
+    return CONVOLUTION.there(x.reshape(self._unflat(x.shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Negated:
+  """A transform with the opposite sign: of an output that means the opposite."""
+
+  transform: Any
+
+  def shape_there(self, shape):
+    return self.transform.shape_there(shape)
+
+  def here(self, x, shape):
+    return -self.transform.here(x, shape)
+
+  def there(self, x):
+    return -self.transform.there(x)
+
+
+PLAIN, FLAT, CONVOLUTION = Plain(), Flat(), Convolution()
 
 
 class Row(NamedTuple):
@@ -34,7 +137,7 @@ class Row(NamedTuple):
 
   here: str
   there: tuple[str, ...]
-  transform: Transform
+  transform: Any
   copies: int = 0
 
 
@@ -44,7 +147,7 @@ class Entry(NamedTuple):
   path: str
   layer: int | None
   keys: tuple[str, ...]
-  transform: Transform
+  transform: Any
   copies: bool
   shape: tuple[int, ...]  # here, of the layer
 
@@ -66,35 +169,6 @@ class Entry(NamedTuple):
     return list(zip(self.keys, parts, strict=True))
 
 
-PLAIN = Transform(lambda shape: shape, lambda x, shape: x.reshape(shape), lambda x: x)
-FLAT = Transform(lambda shape: (math.prod(shape),), lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1))
-
-
-def linear(inputs=1):
-  """A kernel whose first `inputs` axes are summed over <-> a weight (out, in)."""
-  split = lambda shape: (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
-  return Transform(split, lambda x, shape: x.T.reshape(shape), lambda x: x.reshape(split(x.shape)[::-1]).T)
-
-
-# A convolution's kernel [h, w, in, out] <-> (out, in, h, w).
-CONVOLUTION = Transform(lambda s: (s[3], s[2], s[0], s[1]), lambda x, _: x.transpose(2, 3, 1, 0),
-                        lambda x: x.transpose(3, 2, 0, 1))
-
-
-def patches(patch):
-  """A linear layer on patches [p p C, D] <-> the convolution of that stride (D, C, p, p)."""
-  unflat = lambda shape: (patch, patch, shape[0] // patch**2, shape[1])
-  return Transform(
-      lambda shape: CONVOLUTION.shape_there(unflat(shape)),
-      lambda x, shape: CONVOLUTION.here(x, shape).reshape(shape),
-      lambda x: CONVOLUTION.there(x.reshape(unflat(x.shape))))
-
-
-def negated(transform):
-  """The same with the opposite sign: of an output that means the opposite."""
-  return Transform(transform.shape_there, lambda x, shape: -transform.here(x, shape), lambda x: -transform.there(x))
-
-
 def entries(table, shapes, what):
   """Meet a table with a tree: what there is to convert.
 
@@ -110,7 +184,7 @@ def entries(table, shapes, what):
     raise ValueError(f"a leaf has two rows: {sorted(row.here for row in table)}")
   nameless = sorted(shapes.keys() - rows.keys())
   if nameless:
-    raise errors.UserError(f"{what} has no name for {listed(nameless)}")
+    raise errors.UserError(f"--format: {what} has no name for {listed(nameless)}; paths has one for every array")
   found = []
   for path, shape in shapes.items():
     row = rows[path]
@@ -126,7 +200,7 @@ def entries(table, shapes, what):
   return found
 
 
-def check(entries_, found, where, ignored=(), faults={}, read=None):
+def check(entries_, found, where, ignored=(), faults={}, read=None, hints=()):
   """Hold the tensors of a file against what is wanted, before any is converted; returns the keys that are left out.
 
   Args:
@@ -136,9 +210,10 @@ def check(entries_, found, where, ignored=(), faults={}, read=None):
     ignored: patterns of keys that are known and not needed.
     faults: of `files.Source`.
     read: key -> array, by which copies are compared; None: they are not.
+    hints: of `hints`; the message begins with them.
   Raises:
-    errors.UserError: one that lists every key that is missing, unknown, of another shape, among the file's own faults, or
-      not the copy that it should be.
+    errors.UserError: one that lists every key that is missing, unknown, of another shape, among the file's own faults,
+      or not the copy that it should be.
   """
   wanted = {key: entry.shape_there for entry in entries_ for key in entry.keys}
   left_out = {key for key in found.keys() - wanted.keys() if any(re.fullmatch(p, key) for p in ignored)}
@@ -150,8 +225,48 @@ def check(entries_, found, where, ignored=(), faults={}, read=None):
       key for entry in entries_ if entry.copies and read
       for key in _unlike_the_first([key for key in entry.keys if key in readable], read)]))
   if any(wrong):
-    raise errors.UserError(f"--source: {where} does not fit the config's network; {'; '.join(filter(None, wrong))}")
+    raise errors.UserError(
+        f"--source: {where} does not fit the config's network; {'; '.join(filter(None, [*hints, *wrong]))}")
   return sorted(left_out)
+
+
+class Size(NamedTuple):
+  """A field of the config that the size of an axis is a multiple of."""
+
+  leaf: str  # path here of a leaf that has such an axis
+  axis: int | None  # of the leaf's tensor there; None: the field is the number of the leaf's layers
+  field: str  # "config.policy.components", for messages
+  value: int  # of the config
+  more: int = 0  # what the axis has beside multiples of the field's value
+
+
+def hints(rows, sizes, wanted, found):
+  """["config.policy.components is 8, set 4", ...] where sizes of tensors say that a field is another.
+
+  Args:
+    rows: the naming's table.
+    sizes: Sizes.
+    wanted, found: {key: shape}, as the config has them and as they are.
+  """
+  said, by_leaf = [], {row.here: row for row in rows}
+  for size in sizes:
+    if size.leaf in by_leaf and (value := _size_of(by_leaf[size.leaf].there[0], size, wanted, found)):
+      said.append(f"{size.field} is {size.value}, set {value}")
+  return said
+
+
+def _size_of(there, size, wanted, found):
+  """The other value of a field that the tensors there have, or None."""
+  if size.axis is None:
+    number = re.compile(re.escape(there).replace(re.escape("{i}"), r"(\d{1,6})"))
+    layers = sum(number.fullmatch(key) is not None for key in found)
+    return layers if layers != size.value else None
+  mine, theirs = (shapes.get(there.format(i=0)) for shapes in (wanted, found))
+  if mine is None or theirs is None or len(mine) != len(theirs) or size.axis >= len(mine):
+    return None
+  # Both are the field's value times the same factors.
+  value, rest = divmod((theirs[size.axis] - size.more) * size.value, max(mine[size.axis] - size.more, 1))
+  return value if not rest and value > 0 and value != size.value else None
 
 
 def _part(what, names):
@@ -173,24 +288,36 @@ def difference(expected, found):
                                  _part("unknown", found.keys() - expected.keys()), _part("misshaped", misshaped))))
 
 
+def is_finite(array):
+  """Whether all numbers of a float32 array are finite: by their sum in float64, which finite ones cannot overflow."""
+  with np.errstate(invalid="ignore"):
+    return bool(np.isfinite(np.sum(array, dtype=np.float64)))
+
+
+_LISTED, _LONGEST = 60, 200  # names, or groups of names, in a message, and letters in one of them
+_NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
+
+
 def listed(names):
   """All names, those that differ in one number alone as "a.0-27.b"."""
   groups = {}
   for name in names:
-    numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
-    groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "{}", name, count=1) if numbers else name), []).append(
-        int(numbers[0]) if numbers else None)
-  found = []
-  for pattern, numbers in groups.items():
-    if numbers[0] is None:
-      found.append(pattern)
-      continue
-    numbers.sort()
-    runs = [[numbers[0]] * 2]
-    for n in numbers[1:]:
-      if n == runs[-1][1] + 1:
-        runs[-1][1] = n
-      else:
-        runs.append([n, n])
-    found.append(pattern.replace("{}", ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs), 1))
-  return ", ".join(found)
+    number = _NUMBER.search(name)
+    pattern = _NUMBER.sub("{}", name, count=1) if number else name
+    numbers = groups.setdefault((pattern, number is None), [])
+    if number:
+      numbers.append(int(number.group()))
+  found = [(pattern.replace("{}", _runs(sorted(numbers)), 1) if numbers else pattern)[:_LONGEST]
+           for (pattern, _), numbers in groups.items()]
+  return ", ".join(found[:_LISTED]) + (f" and {len(found) - _LISTED} more" if len(found) > _LISTED else "")
+
+
+def _runs(numbers):
+  """"0-2,5" of ascending numbers."""
+  runs = []
+  for n in numbers:
+    if runs and n == runs[-1][1] + 1:
+      runs[-1][1] = n
+    else:
+      runs.append([n, n])
+  return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)

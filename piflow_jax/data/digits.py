@@ -2,11 +2,22 @@
 
 import numpy as np
 
-from piflow_jax import errors
+from piflow_jax import config as config_lib
+from piflow_jax.data import spec
 
 HELD_OUT = 360
 SHAPE = (8, 8, 1)
 NUM_CLASSES = 10
+
+
+def config(**fields):
+  """The digits; they have no fields."""
+  return config_lib.noun(make, dict(), fields)
+
+
+def make():
+  """The digits as Data."""
+  return spec.Data(spec.Spec(SHAPE, spec.label(NUM_CLASSES), bounds=(-1, 1)), records)
 
 
 def arrays(split):
@@ -20,10 +31,7 @@ def arrays(split):
   return images, labels[part].astype(np.int32)
 
 
-def source(split, *, shape=SHAPE, num_classes=NUM_CLASSES):
-  """Random access to records {"x_0", "cond"}; raises errors.UserError for a config of other shapes."""
-  if tuple(shape) != SHAPE or num_classes != NUM_CLASSES:
-    raise errors.UserError(
-        f"config.data: the digits are {SHAPE} of {NUM_CLASSES} classes, not {tuple(shape)} of {num_classes}")
+def records(split):
+  """A list of records {"x_0", "cond": {"label"}}."""
   images, labels = arrays(split)
-  return [{"x_0": x, "cond": y} for x, y in zip(images, labels)]
+  return [{"x_0": x, "cond": {"label": y}} for x, y in zip(images, labels)]

@@ -1,41 +1,67 @@
 """Batches from any random-access source, shuffled by seed, split by process, resumable at any batch."""
 
+import functools
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
+from piflow_jax import errors
+from piflow_jax.data import spec as spec_lib
 
-def batches(source, *, batch_size, seed, rows=None, start=0, num_threads=4, prefetch=8):
+
+def batches(records, spec, *, batch_size, seed, rows=None, start=0, num_threads=4, prefetch=8):
   """An endless iterator over {x_0, cond} batches, or over some rows of them; batch n is a function of (seed, n) alone.
 
   Args:
-    source: random access to records {"x_0": [H, W, C], "cond": ...}, with a length.
+    records: random access to {"x_0": [...], "cond": {name: [...]}}, with a length.
+    spec: data.spec.Spec; `next` raises errors.UserError with the number of a record that differs from it.
     batch_size: of all processes together.
     seed: of the shuffle, anew in each epoch.
-    rows: numbers of those rows of each batch that are this process's, ascending; None for all. However rows are dealt out
-      to however many processes, all of them together see the same data in the same order.
+    rows: numbers of those rows of each batch that are this process's, ascending; None for all. However rows are dealt
+      out to however many processes, all of them together see the same data in the same order.
     start: batches to pass over: where an earlier run left off.
     num_threads, prefetch: of the background reader.
   """
   rows = np.arange(batch_size) if rows is None else rows
-  data = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-  data = grain.MapDataset.source(_Share(data, batch_size, rows)).batch(len(rows), drop_remainder=True)
+  share = _Share(_endless(grain.MapDataset.source(records), seed), spec, batch_size, rows, seed, len(records))
+  data = grain.MapDataset.source(share).batch(len(rows), drop_remainder=True).map_with_index(share.checked)
   iterator = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)))
   iterator.set_state({"next_index": start})
   return iterator
+
+
+def _endless(data, seed):
+  return data.seed(seed).shuffle().repeat(None)
 
 
 class _Share(NamedTuple):
   """A process's records of data that all share; access by number."""
 
   data: Any
+  spec: spec_lib.Spec
   batch_size: int
   rows: np.ndarray
+  seed: int
+  size: int  # records of an epoch
 
   def __len__(self):
     return len(self.data) // self.batch_size * len(self.rows)
 
   def __getitem__(self, i):
     batch, place = divmod(i, len(self.rows))
-    return self.data[batch * self.batch_size + int(self.rows[place])]
+    record = self.data[batch * self.batch_size + int(self.rows[place])]
+    if words := spec_lib.misfit(record, self.spec):
+      raise errors.UserError(f"{self._where(batch, place)}: {words}")
+    return record
+
+  def checked(self, number, batch):
+    """The process's share of batch `number`, its values looked at and its conditions in the spec's types."""
+    spec_lib.check_batch(batch, self.spec, functools.partial(self._where, number))
+    cond = {name: batch["cond"][name].astype(array.dtype, copy=False) for name, array in self.spec.cond.items()}
+    return {"x_0": batch["x_0"], "cond": cond}
+
+  def _where(self, batch, place):
+    # Only who reports a fault needs the record's number: the same shuffle of numbers gives it.
+    record = _endless(grain.MapDataset.range(self.size), self.seed)[batch * self.batch_size + int(self.rows[place])]
+    return f"config.data: batch {batch}, record {record}"

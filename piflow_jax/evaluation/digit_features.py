@@ -6,9 +6,30 @@ import warnings
 
 import numpy as np
 
+from piflow_jax import config as config_lib
+from piflow_jax.evaluation import extract as extract_lib
+
 HIDDEN = (128, 64)
 _NOISE = 0.2
 _COPIES = 2
+
+
+def config(**fields):
+  """A classifier of 8x8 digits, trained on the training records; it has no fields."""
+  return config_lib.noun(make, dict(), fields)
+
+
+def make(data):
+  """Features of a classifier trained on all of `data`'s training records."""
+  if data.spec.x_0 != (8, 8, 1):
+    raise ValueError(f"make: digit_features are for pictures of 8 x 8 in grey, not {data.spec.x_0}; take "
+                     "evaluation.classifier.config() or evaluation.pca.config()")
+  images, labels = extract_lib.first_records(data, len(data.records("train")))
+  if labels is None:
+    raise ValueError("make: digit_features need labels, and nothing else that conditions")
+  classifier = train(images, labels)
+  return extract_lib.Features(
+      functools.partial(features, classifier), functools.partial(predict, classifier), "a digit classifier")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +90,3 @@ def predict(classifier, images):
   """[n] labels for images [n, 8, 8, 1]; raises ValueError for other shapes."""
   logits = features(classifier, images) @ classifier.kernels[-1] + classifier.biases[-1]
   return classifier.classes[np.argmax(logits, 1)]
-
-
-def extractor(images, labels):
-  """(extract, predict) of a classifier trained on real images and labels: what a config names as its features."""
-  classifier = train(images, labels)
-  return functools.partial(features, classifier), functools.partial(predict, classifier)

@@ -6,50 +6,14 @@ import textwrap
 import numpy as np
 from scipy import ndimage
 
+from piflow_jax import images
+from piflow_jax.evaluation import metrics as metrics_lib
+
 _TEACHER, _STUDENT, _TEXT, _RULE = "#8a94a3", "#d9480f", "#1f2933", "#d5dae1"
 _COLOURS = ("#1c6dd0", "#d9480f", "#2b8a3e", "#7048c6", "#b08900", "#0b8a8f", "#c2255c", "#5c4033")
 _MARKERS = "osD^vP*X<"  # one more than colours, so that pairs do not repeat before 72
 _DPI = 100
-_SEPARATOR = 255
-
-
-def _pixels(images):
-  """[n, H, W, C] in [-1, 1] to uint8 [n, H, W, 3]."""
-  images = np.nan_to_num(np.asarray(images, np.float64), nan=0.0, posinf=1.0, neginf=-1.0)
-  if images.shape[-1] == 1:
-    images = np.repeat(images, 3, axis=-1)
-  elif images.shape[-1] != 3:
-    # Latents have no colours and no fixed range: each channel is spread over the whole batch's.
-    images = images[..., :3]
-    low, high = images.min((0, 1, 2)), images.max((0, 1, 2))
-    images = 2 * (images - low) / np.where(high > low, high - low, 1) - 1
-    images = np.pad(images, ((0, 0), (0, 0), (0, 0), (0, 3 - images.shape[-1])), constant_values=-1.0)
-  return np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
-
-
-def image_grid(images, columns, *, cell=32):
-  """Images side by side, row by row, with white lines of one pixel between them.
-
-  Args:
-    images: [n, H, W, C] in [-1, 1]; grey, RGB, or the first three of other channels, normalised.
-    columns: images a row; cells left over in the last row are white.
-    cell: least height and width of a cell in pixels, reached by repeating pixels.
-  Returns:
-    uint8 [H', W', 3].
-  Raises:
-    ValueError: not [n, H, W, C] with n > 0, or columns < 1.
-  """
-  if np.ndim(images) != 4 or not np.size(images) or columns < 1:
-    raise ValueError(f"a grid needs images [n, H, W, C], n > 0, and columns > 0; got {np.shape(images)} and {columns}")
-  pixels = _pixels(images)
-  scale = -(-cell // min(pixels.shape[1:3]))
-  pixels = pixels.repeat(max(scale, 1), axis=1).repeat(max(scale, 1), axis=2)
-  n, height, width, _ = pixels.shape
-  rows = -(-n // columns)
-  cells = np.full((rows * columns, height + 1, width + 1, 3), _SEPARATOR, np.uint8)
-  cells[:n, :height, :width] = pixels
-  grid = cells.reshape(rows, columns, height + 1, width + 1, 3).swapaxes(1, 2)
-  return grid.reshape(rows * (height + 1), columns * (width + 1), 3)[:-1, :-1]
+_QUALITY = ("frechet", "endpoint_error")
 
 
 def _figure(width, height):
@@ -125,18 +89,17 @@ def comparison(rows, *, cell=48):
   """One row a model, one column a noise, pixels kept crisp.
 
   Args:
-    rows: list of (label, images [n, H, W, C] in [-1, 1]), all of one shape.
-    cell: of `image_grid`.
+    rows: list of (label, x_0 that `images.shows`, [n, ...] in [-1, 1]), all of one shape.
+    cell: of `images.image_grid`.
   Returns:
     PNG bytes.
   Raises:
     ValueError: no rows, or rows of different shapes.
   """
-  if not rows or len({np.shape(images) for _, images in rows}) > 1:
-    raise ValueError(f"rows must hold images of one shape, got {[np.shape(images) for _, images in rows]}")
+  if not rows or len({np.shape(x_0) for _, x_0 in rows}) > 1:
+    raise ValueError(f"rows must hold images of one shape, got {[np.shape(x_0) for _, x_0 in rows]}")
   columns, gap = len(rows[0][1]), 6
-  # One grid of all rows, so that channels without a fixed range are normalised alike in each.
-  grid = image_grid(np.concatenate([images for _, images in rows]), columns, cell=cell)
+  grid = images.image_grid(np.concatenate([x_0 for _, x_0 in rows]), columns, cell=cell)
   step = (len(grid) + 1) // len(rows)
   label_width = 24 + 8 * max(len(label) for label, _ in rows)
   width, height = label_width + grid.shape[1], len(rows) * (step - 1 + gap) - gap
@@ -214,13 +177,6 @@ def lines(panels, title):
   return _png(figure)
 
 
-def _over_seeds(values):
-  """Mean and sample standard deviation of the values that are finite; nan without any, and 0 for fewer than two."""
-  values = np.asarray(values, np.float64)
-  values = values[np.isfinite(values)]
-  return values.mean() if len(values) else np.nan, values.std(ddof=1) if len(values) > 1 else 0.0
-
-
 def _limits(values, others):
   """Limits of a logarithmic axis that shows all values, and the others if these take half of it at most."""
   values = [v for v in values if v > 0] or [1]
@@ -247,39 +203,17 @@ def methods(rows, metrics, titles):
     ValueError: no rows but the teacher's, no metrics, or not a title for each.
   """
   values = {(row["method"], row["calls"]): row["values"] for row in rows}
-  names = list(dict.fromkeys(name for name, _ in values if name != "teacher"))
-  if not names or not metrics or len(metrics) != len(titles):
-    raise ValueError(f"need rows of methods, and metrics with a title each; got {names}, {metrics} and {titles}")
+  if all(name == "teacher" for name, _ in values) or not metrics or len(metrics) != len(titles):
+    raise ValueError(f"need rows of methods, and metrics with a title each; got {list(values)}, {metrics} and {titles}")
   calls = sorted({n for name, n in values if name != "teacher"})
-  finest = max((n for name, n in values if name == "teacher"), default=None)
   figure = _figure(860, 240 * -(-len(metrics) // 2))
   figure.set_layout_engine("constrained")
   panels = figure.subplots(-(-len(metrics) // 2), 2).ravel()
   for axes in panels[len(metrics):]:
     axes.remove()
   for axes, metric, title in zip(panels, metrics, titles):
-    over_calls = lambda name: np.transpose([_over_seeds(values.get((name, n), {}).get(metric, [])) for n in calls])
-    handles, reach, teacher = [], [], []
-    if finest is not None:
-      goal, _ = _over_seeds(values["teacher", finest].get(metric, []))
-      teacher, _ = over_calls("teacher")
-      handles += axes.plot(teacher, "--", color=_TEACHER, linewidth=1.6, label="teacher")
-      handles.append(axes.axhline(goal, color=_TEACHER, linewidth=1.6, label=f"teacher, {finest} calls"))
-      reach.append(goal)
-    for i, name in enumerate(names):
-      mean, std = over_calls(name)
-      # Side by side, or the bars of methods that are alike would cover one another.
-      x = np.arange(len(calls)) + 0.56 * ((i + 0.5) / len(names) - 0.5)
-      handles.append(axes.errorbar(
-          x, mean, std, color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)], markersize=5.5,
-          linewidth=1, elinewidth=1.4, capsize=2.5, label=name))
-      # A bar may reach below zero, where a logarithmic axis has no place.
-      reach += [*np.maximum(mean - std, mean / 2), *(mean + std)]
-    axes.set_ylim(*_limits(reach, teacher))
+    handles = _by_calls(axes, {key: found.get(metric, []) for key, found in values.items()}, calls)
     _titled(axes, textwrap.fill(title, 48), "", "", size=10.5)
-    _log(axes.yaxis)
-    if not np.any(np.greater(reach, 0)):
-      axes.set_yticks([])
     axes.set_xlim(-0.5, len(calls) - 0.5)
     axes.set_xticks(range(len(calls)), calls)
   for axes in panels[:len(metrics)][-2:]:
@@ -288,18 +222,56 @@ def methods(rows, metrics, titles):
   return _png(figure)
 
 
+def _over_calls(values, name, calls):
+  """Means and deviations over seeds, [calls] each, for {(method, calls): values}; NaN and 0 where there are too few."""
+  found = [metrics_lib.over_seeds(values.get((name, n), [])) for n in calls]
+  mean = np.array([np.nan if mean is None else mean for mean, _ in found])
+  return mean, np.array([std or 0.0 for _, std in found])
+
+
+def _by_calls(axes, values, calls):
+  """Draw {(method, calls): a value a seed} into a panel and scale its axis; returns the legend's handles."""
+  names = list(dict.fromkeys(name for name, _ in values if name != "teacher"))
+  finest = max((n for name, n in values if name == "teacher"), default=None)
+  handles, reach, teacher = [], [], []
+  if finest is not None:
+    goal, _ = _over_calls(values, "teacher", [finest])
+    teacher, _ = _over_calls(values, "teacher", calls)
+    handles += axes.plot(teacher, "--", color=_TEACHER, linewidth=1.6, label="teacher")
+    handles.append(axes.axhline(goal[0], color=_TEACHER, linewidth=1.6, label=f"teacher, {finest} calls"))
+    reach += [*goal]
+  for i, name in enumerate(names):
+    mean, std = _over_calls(values, name, calls)
+    # Side by side, or the bars of methods that are alike would cover one another.
+    x = np.arange(len(calls)) + 0.56 * ((i + 0.5) / len(names) - 0.5)
+    handles.append(axes.errorbar(
+        x, mean, std, color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)], markersize=5.5,
+        linewidth=1, elinewidth=1.4, capsize=2.5, label=name))
+    # A bar may reach below zero, where a logarithmic axis has no place.
+    reach += [*np.maximum(mean - std, mean / 2), *(mean + std)]
+  axes.set_ylim(*_limits(reach, teacher))
+  _log(axes.yaxis)
+  if not np.any(np.greater(reach, 0)):
+    axes.set_yticks([])
+  return handles
+
+
 def quality(rows):
-  """Bars of `frechet` and `endpoint_error` for rows of `report.write_report`, a dash where there is none; PNG bytes."""
+  """Bars of `frechet` and `endpoint_error` for rows of `report.write_report`, a dash where there is none; PNG bytes.
+
+  One that no row has gets no panel.
+  """
   figure = _figure(860, 90 + 34 * len(rows))
   names = [f"{r['model']}, {r['calls']} call{'s' if r['calls'] != 1 else ''}" for r in rows]
   colours = [_STUDENT if r["model"] == "student" else _TEACHER for r in rows]
-  panels = figure.subplots(1, 2, sharey=True)
-  for axes, key, title in zip(panels, ("frechet", "endpoint_error"), ("Fréchet distance to real", "Endpoint error")):
+  keys = [key for key in _QUALITY if any(row.get(key) is not None for row in rows)] or _QUALITY
+  panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+  for axes, key in zip(panels, keys):
     values = [float("nan") if r.get(key) is None else float(r[key]) for r in rows]
     shown = np.isfinite(values)
     bars = axes.barh(range(len(rows)), np.where(shown, values, 0), color=colours, height=0.66)
     axes.bar_label(bars, [f"{v:.3g}" if s else "–" for v, s in zip(values, shown)], padding=4, fontsize=9, color=_TEXT)
-    axes.set_title(f"{title} (lower is better)", loc="left", fontsize=10.5, color=_TEXT)
+    axes.set_title(f"{metrics_lib.METRICS[key].title} (lower is better)", loc="left", fontsize=10.5, color=_TEXT)
     axes.set_yticks(range(len(rows)), names)
     axes.set_xlim(0, 1.18 * max([v for v, s in zip(values, shown) if s], default=1) or 1)
     axes.set_xticks([])

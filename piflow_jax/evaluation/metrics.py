@@ -1,7 +1,84 @@
-"""How far samples are from what they should be: numbers over arrays, which know neither models nor data sets."""
+"""How far samples are from what they should be: the table of metrics, and numbers over arrays that know no models."""
+
+from typing import NamedTuple
 
 import numpy as np
 from scipy.spatial import distance
+
+LOWER, HIGHER, TEACHERS, FASTER = "lower", "higher", "teachers", "faster"
+
+
+class Metric(NamedTuple):
+  """A column of the reports.
+
+  Attributes:
+    heading: of the column.
+    better: LOWER, HIGHER, TEACHERS (as near as can be to the many-step teacher's) or FASTER (lower; a tie is nobody's).
+    decimals: at least so many.
+    description: of what is measured, for the reader of a report.
+    title: over a panel of a figure; "" for none.
+    needs: what there has to be: "features", "labels" (a classifier, and labels to draw by), "teacher" (or another
+      model's samples of the same noises), "pixels" (few enough for a covariance), "clock" or "training".
+  """
+
+  heading: str
+  better: str
+  decimals: int
+  description: str
+  title: str = ""
+  needs: tuple = ()
+
+
+METRICS = {
+    "frechet": Metric(
+        "Fréchet", LOWER, 2, "Fréchet distance of features to those of held-out data",
+        "Fréchet to held-out data, features", ("features",)),
+    "frechet_to_teacher": Metric(
+        "Fréchet to teacher", LOWER, 2, "the same to fresh samples of the many-step teacher",
+        "Fréchet to the teacher, features", ("features", "teacher")),
+    "pixel_frechet": Metric(
+        "pixel Fréchet", LOWER, 2, "Fréchet distance of pixels to those of held-out data",
+        "Fréchet to held-out data, pixels", ("pixels",)),
+    "pixel_frechet_to_teacher": Metric(
+        "pixel Fréchet to teacher", LOWER, 2, "that of pixels to fresh samples of the many-step teacher",
+        "Fréchet to the teacher, pixels", ("pixels", "teacher")),
+    "precision": Metric(
+        "precision", HIGHER, 3, "share of samples that lie among held-out ones", needs=("features",)),
+    "recall": Metric(
+        "recall", HIGHER, 3, "share of held-out samples that lie among generated ones", needs=("features",)),
+    "accuracy": Metric(
+        "accuracy", HIGHER, 3, "share of samples that a classifier reads as the class asked for",
+        "Accuracy of the conditioned class", ("features", "labels")),
+    "diversity": Metric(
+        "diversity", TEACHERS, 3,
+        "mean rms difference of two samples of one class; the many-step teacher's is the goal",
+        "Diversity within a class"),
+    "endpoint_error": Metric(
+        "endpoint error", LOWER, 3,
+        "rms distance from the many-step teacher's sample of the same noise; 1 = unrelated samples", "Endpoint error",
+        ("teacher",)),
+    "seconds_per_step": Metric("s / step", FASTER, 2, "seconds a training step", needs=("training",)),
+    "seconds_per_1000": Metric("s / 1000", FASTER, 2, "seconds for 1000 samples", needs=("clock",)),
+}
+_ARROWS = {LOWER: " ↓", HIGHER: " ↑"}
+_NOTES = {LOWER: "lower is better", HIGHER: "higher is better"}
+
+
+def heading(key):
+  """The column's heading with an arrow to what is better."""
+  return METRICS[key].heading + _ARROWS.get(METRICS[key].better, "")
+
+
+def note(key):
+  """The column's description, and what is better."""
+  better = _NOTES.get(METRICS[key].better)
+  return METRICS[key].description + (f"; {better}" if better else "")
+
+
+def over_seeds(values):
+  """(mean, sample standard deviation) of the values that are finite; None where there are too few of them."""
+  known = np.array([value for value in values if value is not None and np.isfinite(value)], np.float64)
+  return (float(known.mean()) if len(known) else None, float(known.std(ddof=1)) if len(known) > 1 else None)
 
 
 def _feature_sets(*sets, least):
@@ -15,26 +92,6 @@ def _feature_sets(*sets, least):
   if not all(np.isfinite(s).all() for s in sets):
     raise ValueError("features hold values that are not finite; did the sampler diverge?")
   return sets
-
-
-def frechet_distance(features_a, features_b):
-  """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2), the squared distance of two Gaussians (arXiv 1706.08500, eq. 6).
-
-  Args:
-    features_a, features_b: [n, D] and [m, D]; any n and m from 2, also fewer than D.
-  Returns:
-    float >= 0, with unbiased covariances S.
-  Raises:
-    ValueError: shapes clash, fewer than 2 samples, or values that are not finite.
-  """
-  a, b = _feature_sets(features_a, features_b, least=2)
-  mean_a, mean_b = a.mean(0), b.mean(0)
-  # S = R^T R, so tr (S_a S_b)^1/2 is the sum of the singular values of R_a R_b^T. No root of a covariance is taken:
-  # where a covariance is singular, a root would turn rounding errors of 1e-16 into 1e-8.
-  root_a = np.linalg.qr(a - mean_a, mode="r") / (len(a) - 1) ** 0.5
-  root_b = np.linalg.qr(b - mean_b, mode="r") / (len(b) - 1) ** 0.5
-  cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
-  return max(float(np.sum((mean_a - mean_b) ** 2) + np.sum(root_a**2) + np.sum(root_b**2) - 2 * cross), 0.0)
 
 
 def _blocks(a, b, block):
@@ -110,6 +167,60 @@ def class_diversity(samples, labels):
   return float(np.mean([distance.pdist(x).mean() / x.shape[1] ** 0.5 for x in _by_class(samples, labels)]))
 
 
+class Spread:
+  """Count, mean and sum of squares of samples by class, gathered batch by batch: all that unrelated pairs need."""
+
+  def __init__(self):
+    self._classes = {}
+
+  def update(self, samples, labels):
+    """Take in samples [n, ...] of labels [n]; returns self."""
+    samples, labels = np.asarray(samples, np.float64), np.asarray(labels)
+    if labels.shape != samples.shape[:1]:
+      raise ValueError(f"labels must be one a sample, got {labels.shape} for samples {samples.shape}")
+    flat = samples.reshape(len(samples), -1)
+    for label in np.unique(labels):
+      x = flat[labels == label]
+      mean = x.mean(0)
+      self._take(int(label), len(x), mean, float(np.sum((x - mean) ** 2)))
+    return self
+
+  def merge(self, other):
+    """Take in what another has gathered; returns self."""
+    for label, part in other._classes.items():
+      self._take(label, *part)
+    return self
+
+  def _take(self, label, count, mean, squares):
+    n, old, sum_ = self._classes.get(label, (0, mean, 0.0))
+    way = mean - old
+    total = n + count
+    self._classes[label] = total, old + way * (count / total), sum_ + squares + float(way @ way) * n * count / total
+
+  def unrelated(self):
+    """{label: n E|x_i - x_j|^2 = 2 n var(x)} of the classes that have two samples or more."""
+    return {label: 2 * n * squares / (n - 1) for label, (n, _, squares) in self._classes.items() if n > 1}
+
+
+def squared_errors(endpoints, reference, labels):
+  """{label: sum over its samples of |endpoints - reference|^2}; raises ValueError where shapes clash."""
+  if np.shape(endpoints) != np.shape(reference):
+    raise ValueError(f"endpoints {np.shape(endpoints)} and reference {np.shape(reference)} must have one shape")
+  difference = (np.asarray(endpoints, np.float64) - np.asarray(reference, np.float64)).reshape(len(endpoints), -1)
+  squares = np.sum(difference**2, 1)
+  return {int(label): float(squares[np.asarray(labels) == label].sum()) for label in np.unique(labels)}
+
+
+def relative_error(errors, spread):
+  """`endpoint_error` of what `squared_errors` and a Spread of the reference have gathered."""
+  unrelated = spread.unrelated()
+  if not unrelated:
+    raise ValueError("no class has two samples, so there is no pair to compare")
+  if not sum(unrelated.values()):
+    raise ValueError("the reference samples of each class are all the same: there is no spread to compare with")
+  return float((sum(errors[label] for label in unrelated) / sum(unrelated.values())) ** 0.5)
+
+
 def endpoint_error(endpoints, reference, labels):
   """Rms of endpoints - reference over the rms difference of unrelated reference samples: 0 exact, about 1 unrelated.
 
@@ -124,14 +235,7 @@ def endpoint_error(endpoints, reference, labels):
   Raises:
     ValueError: shapes clash, no class has two samples, or the reference samples of each class are all the same.
   """
-  if np.shape(endpoints) != np.shape(reference):
-    raise ValueError(f"endpoints {np.shape(endpoints)} and reference {np.shape(reference)} must have one shape")
-  differences = _by_class(np.asarray(endpoints, np.float64) - np.asarray(reference, np.float64), labels)
-  error = sum(np.sum(x**2) for x in differences)
-  unrelated = sum(2 * len(x) * np.sum(np.var(x, axis=0, ddof=1)) for x in _by_class(reference, labels))
-  if unrelated == 0:
-    raise ValueError("the reference samples of each class are all the same: there is no spread to compare with")
-  return float((error / unrelated) ** 0.5)
+  return relative_error(squared_errors(endpoints, reference, labels), Spread().update(reference, labels))
 
 
 def accuracy(predicted, labels):

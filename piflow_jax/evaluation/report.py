@@ -4,42 +4,21 @@ import base64
 import html
 import json
 import math
+import operator
 
 from etils import epath
 import numpy as np
 
-_COLUMNS = {  # key of a row: heading, format, what it says
-    "model": ("model", "", ""),
-    "calls": ("calls", "d", "network calls a sample"),
-    "frechet": ("Fréchet ↓", ".3f", "Fréchet distance of features to those of real samples; lower is better"),
-    "frechet_to_teacher": ("Fréchet to teacher ↓", ".3f", "the same to the many-step teacher's samples"),
-    "precision": ("precision ↑", ".3f", "share of samples that lie among real ones"),
-    "recall": ("recall ↑", ".3f", "share of real samples that lie among generated ones"),
-    "accuracy": ("accuracy ↑", ".3f", "share of samples that a classifier reads as the class asked for"),
-    "diversity": ("diversity", ".3f",
-                  "mean rms difference of two samples of one class; the many-step teacher's is the goal"),
-    "endpoint_error": ("endpoint error ↓", ".3f",
-                       "rms distance from the many-step teacher's sample of the same noise; 1 = unrelated samples"),
-    "seconds_per_1000": ("s / 1000", ".3g", "seconds for 1000 samples"),
-}
+from piflow_jax.evaluation import metrics
 
-_ROW = {  # of a comparison: key of a row: heading, format, what it says
+_CALLS = ("calls", "d", "network calls a sample; of a teacher, its steps")
+_MODEL = {"model": ("model", "", ""), "calls": _CALLS}  # columns before the metrics: heading, format, what it says
+_METHOD = {
     "method": ("method", "", ""),
-    "calls": _COLUMNS["calls"],
+    "calls": _CALLS,
     "seeds": ("seeds", "d", "trainings and sets of noises; figures read mean ± standard deviation over them"),
     "passes": ("passes", ".4g", "network passes a sample and training step, the teacher's counted"),
     "steps": ("steps", "d", "training steps"),
-}
-_METRICS = {  # of a comparison: key of a row's values: heading, least decimals, what it says
-    "frechet": ("Fréchet ↓", 2, "Fréchet distance of features to those of held-out data; lower is better"),
-    "frechet_to_teacher": ("Fréchet to teacher ↓", 2, "the same to the many-step teacher's samples"),
-    "pixel_frechet": ("pixel Fréchet ↓", 2, "Fréchet distance of pixels to those of held-out data"),
-    "pixel_frechet_to_teacher": ("pixel Fréchet to teacher ↓", 2, "that of pixels to the many-step teacher's samples"),
-    "accuracy": ("accuracy ↑", 3, _COLUMNS["accuracy"][2]),
-    "diversity": ("diversity", 3, _COLUMNS["diversity"][2]),
-    "endpoint_error": ("endpoint error ↓", 3, _COLUMNS["endpoint_error"][2]),
-    "seconds_per_step": ("s / step", 2, "seconds a training step"),
-    "seconds_per_1000": ("s / 1000", 2, _COLUMNS["seconds_per_1000"][2]),
 }
 _MOST_DECIMALS = 4
 
@@ -106,87 +85,95 @@ def _text(value, form=".4g"):
   return format(int(value) if form == "d" else value, form)
 
 
-def _results(columns, body):
-  """The table of `body`, rows as html, under columns {key: (heading, format, what it says)}."""
-  head = "".join(f'<th title="{html.escape(note)}">{html.escape(name)}</th>' for name, _, note in columns.values())
-  notes = "".join(
-      f"<li><b>{html.escape(name)}</b>: {html.escape(note)}</li>" for name, _, note in columns.values() if note)
+def _results(columns, keys, body):
+  """The table of `body`, rows as html, under columns {key: (heading, format, what it says)} and those of metrics."""
+  said = [(name, note) for name, _, note in columns.values()]
+  said += [(metrics.heading(key), metrics.note(key)) for key in keys]
+  head = "".join(f'<th title="{html.escape(note)}">{html.escape(name)}</th>' for name, note in said)
+  notes = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(note)}</li>" for name, note in said if note)
   return (f'<h2>Results</h2><section><div class="wide"><table class="results"><thead><tr>{head}</tr></thead>'
           f"{body}</table></div><details><summary>What the columns say</summary>"
           f'<ul class="notes">{notes}</ul></details></section>')
 
 
 def _evaluated(rows):
+  keys = [key for key in metrics.METRICS if any(row.get(key) is not None for row in rows)]
+  decimals = {key: _decimals([row.get(key) for row in rows], key) for key in keys}
   body = ""
   for row in rows:
-    cells = "".join(f"<td>{_text(row.get(key), form)}</td>" for key, (_, form, _) in _COLUMNS.items())
-    body += f'<tr class="{"student" if row.get("model") == "student" else "teacher"}">{cells}</tr>'
-  return _results(_COLUMNS, f"<tbody>{body}</tbody>")
+    cells = [_text(row.get(name), form) for name, (_, form, _) in _MODEL.items()]
+    cells += [_text(row.get(key), f".{digits}f") for key, digits in decimals.items()]
+    body += (f'<tr class="{"student" if row.get("model") == "student" else "teacher"}">'
+             + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+  return _results(_MODEL, keys, f"<tbody>{body}</tbody>")
 
 
-def _over_seeds(row):
-  """The plain row with `mean` and `std`, over the seeds that have a value; None where too few have."""
+def _with_means(row):
+  """The plain row with `mean` and `std` over its seeds."""
   seeds = len(row["seeds"])
   if any(len(values) != seeds for values in row["values"].values()):
     raise ValueError(f"{row['method']}, {row['calls']} calls: every metric needs a value for each of {seeds} seeds, "
                      f"got {({k: len(v) for k, v in row['values'].items()})}")
-  known = {k: [v for v in values if v is not None] for k, values in row["values"].items()}
-  return row | {"mean": {k: float(np.mean(v)) if v else None for k, v in known.items()},
-                "std": {k: float(np.std(v, ddof=1)) if len(v) > 1 else None for k, v in known.items()}}
+  found = {key: metrics.over_seeds(values) for key, values in row["values"].items()}
+  return row | {"mean": {key: mean for key, (mean, _) in found.items()},
+                "std": {key: std for key, (_, std) in found.items()}}
 
 
-def _decimals(rows, metric, least):
-  """Decimals of a column: three significant digits for its smallest mean, but not below `least`."""
-  means = [abs(row["mean"][metric]) for row in rows if row["mean"].get(metric)]
-  return min(max(least, math.ceil(-math.log10(min(means))) + 2), _MOST_DECIMALS) if means else least
+def _decimals(values, key):
+  """Decimals of a metric's column: three significant digits of the smallest value, but not below the metric's least."""
+  least, sizes = metrics.METRICS[key].decimals, [abs(value) for value in values if value]
+  return min(max(least, math.ceil(-math.log10(min(sizes))) + 2), _MOST_DECIMALS) if sizes else least
 
 
-def _best(rows, metric, decimals, diversity):
-  """Indices of the rows that are best by their mean; `diversity` is the one to come close to, or None."""
-  if metric == "diversity" and diversity is None:
+def _best(rows, key, decimals, goal):
+  """Indices of the rows that are best by their mean; `goal` is the teacher's, or None."""
+  better = metrics.METRICS[key].better
+  if better == metrics.TEACHERS and goal is None:
     return []
-  misses = {"accuracy": lambda mean: -mean, "diversity": lambda mean: abs(mean - diversity)}
-  miss = misses.get(metric, lambda mean: mean)
   # Without the seeds that failed, a mean flatters: such rows do not compete.
-  found = {i: miss(row["mean"][metric]) for i, row in enumerate(rows) if None not in row["values"].get(metric, [None])}
-  if metric.startswith("seconds"):
+  means = {i: row["mean"][key] for i, row in enumerate(rows) if None not in row["values"].get(key, [None])}
+  if better == metrics.HIGHER:
+    means = {i: -mean for i, mean in means.items()}
+  elif better == metrics.TEACHERS:
+    means = {i: abs(mean - goal) for i, mean in means.items()}
+  elif better == metrics.FASTER:
     # Clocks differ from run to run: what reads alike is alike, and then nobody is faster.
-    found = {i: round(value, decimals) for i, value in found.items()}
-  best = [i for i, value in found.items() if value == min(found.values())]
-  return [] if metric.startswith("seconds") and len(best) > 1 else best
+    means = {i: round(mean, decimals) for i, mean in means.items()}
+  best = [i for i, value in means.items() if value == min(means.values())]
+  return [] if better == metrics.FASTER and len(best) > 1 else best
 
 
-def _mean_and_std(row, metric, decimals):
-  mean, std = row["mean"].get(metric), row["std"].get(metric)
+def _mean_and_std(row, key, decimals):
+  mean, std = row["mean"].get(key), row["std"].get(key)
   if mean is None:
     return "–"
-  known, seeds = sum(v is not None for v in row["values"][metric]), len(row["seeds"])
+  known, seeds = sum(v is not None for v in row["values"][key]), len(row["seeds"])
   return (f"{mean:.{decimals}f}" + ("" if std is None else f" ± {std:.{decimals}f}")
           + (f" ({known} of {seeds})" if known < seeds else ""))
 
 
 def _compared(rows):
   """The table: the teacher's rows, then the methods' by number of calls, the best of each number bold."""
-  teacher = sorted((row for row in rows if row["method"] == "teacher"), key=lambda row: row["calls"])
+  teacher = sorted((row for row in rows if row["method"] == "teacher"), key=operator.itemgetter("calls"))
   methods = [row for row in rows if row["method"] != "teacher"]
-  diversity = teacher[-1]["mean"].get("diversity") if teacher else None
-  decimals = {metric: _decimals(rows, metric, least) for metric, (_, least, _) in _METRICS.items()}
+  goal = teacher[-1]["mean"] if teacher else {}
+  decimals = {key: _decimals([row["mean"].get(key) for row in rows], key) for key in metrics.METRICS}
   groups = [("teacher", "teacher", teacher)] if teacher else []
   for calls in sorted({row["calls"] for row in methods}):
     groups.append(("method", f"{calls} call{'s' if calls != 1 else ''}", [r for r in methods if r["calls"] == calls]))
-  columns, body = _ROW | _METRICS, ""
+  body, width = "", len(_METHOD) + len(decimals)
   for kind, heading, group in groups:
-    body += f'<tbody><tr class="group"><th colspan="{len(columns)}" scope="colgroup">{heading}</th></tr>'
-    best = {m: _best(group, m, d, diversity) if kind == "method" else [] for m, d in decimals.items()}
+    body += f'<tbody><tr class="group"><th colspan="{width}" scope="colgroup">{heading}</th></tr>'
+    best = {m: _best(group, m, d, goal.get(m)) if kind == "method" else [] for m, d in decimals.items()}
     for i, row in enumerate(group):
-      told = row | {"seeds": len(row["seeds"])}
-      cells = [_text(told[key], form) for key, (_, form, _) in _ROW.items()]
-      for metric, digits in decimals.items():
-        cell = _mean_and_std(row, metric, digits)
-        cells.append(f"<b>{cell}</b>" if i in best[metric] else cell)
+      shown = row | {"seeds": len(row["seeds"])}
+      cells = [_text(shown[key], form) for key, (_, form, _) in _METHOD.items()]
+      for key, digits in decimals.items():
+        cell = _mean_and_std(row, key, digits)
+        cells.append(f"<b>{cell}</b>" if i in best[key] else cell)
       body += f'<tr class="{kind}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     body += "</tbody>"
-  return _results(columns, body)
+  return _results(_METHOD, decimals, body)
 
 
 def _checks(checks):
@@ -253,30 +240,35 @@ def _save(folder, name, title, data, body):
   return folder / f"{name}.html"
 
 
-def write_report(folder, *, title, rows, minutes, reference, pictures, checks):
+def write_report(folder, *, title, rows, settings, notes, minutes, reference, pictures, checks):
   """Write report.html, which needs no other file, and report.json; each appears whole or not at all.
 
   Args:
     folder: made if need be.
     title: text.
-    rows: list of dicts {model, calls, frechet, frechet_to_teacher, precision, recall, accuracy, diversity,
-      endpoint_error, seconds_per_1000}, a row for each model and number of calls; values may be None.
+    rows: list of dicts {model, calls, metric: value}, a row for each model and number of calls; values may be None.
+      A metric that no row has gets no column.
+    settings: dict name -> value, or another such dict: how was drawn and measured.
+    notes: list of texts.
     minutes: dict stage -> minutes it took.
-    reference: dict name -> number to compare the rows with.
+    reference: dict name in words -> number to compare the rows with.
     pictures: dict caption -> PNG bytes.
     checks: list of (text, value, bound, passed).
   Returns:
     epath.Path of report.html.
   """
   checks = [dict(zip(("text", "value", "bound", "passed"), check, strict=True)) for check in checks]
-  data = _plain({"rows": rows, "minutes": minutes, "reference": reference, "checks": checks})
+  data = _plain({"rows": rows, "settings": settings, "notes": notes, "minutes": minutes, "reference": reference,
+                 "checks": checks})
   return _save(folder, "report", title, data, [
       _checks(data["checks"]),
       _evaluated(data["rows"]),
       _pictures(pictures),
-      '<div class="pair">',
+      '<div class="pair settings">',
       _numbers("Reference", data["reference"], ".4g"),
+      _numbers("Settings", _flat(data["settings"]), ".4g"),
       _numbers("Minutes", data["minutes"], ".1f"),
+      _notes(data["notes"]),
       "</div>",
   ])
 
@@ -299,7 +291,7 @@ def write_comparison(folder, *, title, rows, settings, notes, pictures):
   Raises:
     ValueError: a metric without one value a seed.
   """
-  rows = [_over_seeds(row) for row in _plain(rows)]
+  rows = [_with_means(row) for row in _plain(rows)]
   data = {"rows": rows, "settings": _plain(settings), "notes": _plain(notes)}
   return _save(folder, "compare", title, data, [
       _compared(data["rows"]),

@@ -1,4 +1,4 @@
-"""Attention of tokens to all tokens: the kernel that suits the platform, or the one that is asked for."""
+"""Attention of all tokens to all tokens, by the kernel that suits the platform or by the one that the config names."""
 
 import functools
 
@@ -9,11 +9,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from piflow_jax import errors
 from piflow_jax import sharding
 
 KERNELS = ("auto", "xla", "splash", "flash", "cudnn")
-_BLOCK = 128  # of tokens, below which the TPU kernels do not go
+_BLOCK = 128  # tokens: the TPU kernels work on blocks of so many
 
 
 def attention(q, k, v, kernel="auto", *, interpret=False):
@@ -21,12 +20,13 @@ def attention(q, k, v, kernel="auto", *, interpret=False):
 
   Args:
     q, k, v: as above.
-    kernel: "xla"; "splash" or "flash" (Pallas, TPU); "cudnn" (GPU, half precision); "auto": splash on a TPU and cuDNN on a
-      GPU where the sizes suit them, else XLA. The Pallas kernels know no forward-mode derivative. Where the mesh cannot
-      split the batch evenly (a row of pictures, the single sample that parameters are made with) it is XLA in their stead.
+    kernel: "xla"; "splash" or "flash" (Pallas, TPU); "cudnn" (GPU, half precision); "auto": splash on a TPU and cuDNN
+      on a GPU where the sizes suit them, else XLA. The Pallas kernels have no forward-mode derivative. XLA takes their
+      place where the mesh cannot split the batch evenly (a row of pictures, the single sample that `init` sees).
     interpret: run a Pallas kernel on any platform, slowly: for tests.
   Raises:
-    errors.UserError: a kernel that is unknown, of another platform, or for other sizes.
+    ValueError: an unknown kernel, or one that this platform or these sizes do not suit. It names `attention`, the field
+      of a network's config.
   """
   platform, (_, n, _, dim) = sharding.platform(), q.shape
   if kernel == "auto":
@@ -37,26 +37,26 @@ def attention(q, k, v, kernel="auto", *, interpret=False):
     kernel = "xla"
   if kernel in ("xla", "cudnn"):
     if kernel == "cudnn" and platform != "gpu":
-      raise errors.UserError(f"config.network.attention: cudnn needs a GPU, not {platform}; set auto")
+      raise ValueError(f"attention: cudnn needs a GPU, not {platform}; set auto")
     return jax.nn.dot_product_attention(q, k, v, implementation=kernel)
   if kernel not in KERNELS:
-    raise errors.UserError(f"config.network.attention: {kernel!r} is none of {', '.join(KERNELS)}")
+    raise ValueError(f"attention: {kernel!r} is none of {', '.join(KERNELS)}")
   if platform != "tpu" and not interpret:
-    raise errors.UserError(f"config.network.attention: {kernel} needs a TPU, not {platform}; set auto")
+    raise ValueError(f"attention: {kernel} needs a TPU, not {platform}; set auto")
   if n % _BLOCK:
-    raise errors.UserError(f"config.network.attention: {kernel} takes multiples of {_BLOCK} tokens, not {n}; set auto")
+    raise ValueError(f"attention: {kernel} takes multiples of {_BLOCK} tokens, not {n}; set auto")
   run = functools.partial(_splash, interpret=interpret) if kernel == "splash" else _flash
-  heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-  # A Pallas call is not XLA's to split over devices: each does its own samples and heads.
+  # XLA cannot split a Pallas call over devices, so each device calls the kernel on its own samples and heads.
   by_device = sharding.per_device(run, P(sharding.SAMPLES, "tensor"))
-  return heads_first(by_device(*map(heads_first, (q, k, v))))
+  heads_first = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+  return jnp.swapaxes(by_device(*heads_first), 1, 2)
 
 
 def _splash(q, k, v, interpret):
   heads, n = q.shape[1:3]
   mask = mask_lib.MultiHeadMask([mask_lib.FullMask((n, n))] * heads)
   kernel = splash_lib.make_splash_mha(mask, head_shards=1, q_seq_shards=1, interpret=interpret)
-  # The kernel itself does not scale; in float32, so that half precision is rounded to only once.
+  # Splash does not scale its logits. We scale q in float32, so that half precision is rounded once.
   scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
   return jax.vmap(kernel)(scaled, k, v)
 

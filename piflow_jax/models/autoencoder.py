@@ -9,18 +9,18 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from piflow_jax import errors
+from piflow_jax import config as config_lib
 
-FILE = "autoencoder.json"  # in a converted one's workdir: {"settings": arguments of Autoencoder, "scales": of `to_latents`}
+FILE = "autoencoder.json"  # in a workdir: {"settings": fields of Autoencoder, "scales": arguments of `to_latents`}
 
 
 def to_latents(mean, *, scaling_factor, shift_factor=0.0):
-  """What a flow model sees: (mean - shift) * scale. SD: scale 0.18215, shift 0; FLUX: 0.3611, 0.1159."""
+  """Latents as a flow model takes them: (mean - shift) * scale. SD: scale 0.18215, shift 0; FLUX: 0.3611, 0.1159."""
   return (mean - shift_factor) * scaling_factor
 
 
 def from_latents(latents, *, scaling_factor, shift_factor=0.0):
-  """The inverse of `to_latents`: what is decoded."""
+  """The inverse of `to_latents`: latents as `Autoencoder.decode` takes them."""
   return latents / scaling_factor + shift_factor
 
 
@@ -39,7 +39,7 @@ def sample(mean, logvar, key):
 
 
 def _norm(groups, dtype, name):
-  # Two passes: in E[x^2] - E[x]^2 a group whose mean is large against its spread would lose the spread to rounding.
+  # Flax's fast variance, E[x^2] - E[x]^2, loses the spread of a group to rounding where its mean is large against it.
   return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
 
 
@@ -87,11 +87,11 @@ class Middle(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    resnet = lambda i: Resnet(x.shape[-1], self.groups, self.dtype, name=f"resnet_{i}")
-    x = resnet(0)(x)
+    features = x.shape[-1]
+    x = Resnet(features, self.groups, self.dtype, name="resnet_0")(x)
     if self.attention:
       x = Attention(self.groups, self.dtype, name="attention")(x)
-    return resnet(1)(x)
+    return Resnet(features, self.groups, self.dtype, name="resnet_1")(x)
 
 
 class Encoder(nn.Module):
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
       for i in range(self.layers_per_block):
         x = Resnet(width, self.groups, self.dtype, name=f"down_{level}_resnet_{i}")(x)
       if level < len(self.widths) - 1:
-        # One row and column of zeros, at the end alone: the original's padding.
+        # The original pads one row and column of zeros, at the end alone.
         x = _conv(width, self.dtype, f"down_{level}_sample", strides=2, padding=((0, 1), (0, 1)))(x)
     x = Middle(self.groups, self.mid_attention, self.dtype, name="middle")(x)
     x = nn.silu(_norm(self.groups, self.dtype, "norm_out")(x))
@@ -151,6 +151,9 @@ class Autoencoder(nn.Module):
     groups: of the norms.
     quant_conv, post_quant_conv: a last 1x1 convolution of the encoder, a first one of the decoder (SD; not FLUX).
     mid_attention: attention at the coarsest level.
+    dtype: of the computation; parameters are float32.
+  Raises:
+    ValueError: an attribute out of its range, or groups that do not divide a width.
   """
 
   channels: int = 3
@@ -162,6 +165,21 @@ class Autoencoder(nn.Module):
   post_quant_conv: bool = True
   mid_attention: bool = True
   dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    super().__post_init__()
+    most = dict(channels=1 << 12, latent_channels=1 << 12, layers_per_block=64, groups=1 << 16)
+    for name, bound in most.items():
+      config_lib.whole(name, getattr(self, name), most=bound)
+    if not isinstance(self.widths, (tuple, list)) or not 1 <= len(self.widths) <= 12:
+      raise ValueError(f"widths: {self.widths!r} must be one to twelve whole numbers")
+    for width in self.widths:
+      config_lib.whole("widths", width, most=1 << 16)
+      if width % self.groups:
+        raise ValueError(f"groups: {self.groups} does not divide width {width}")
+    for name in ("quant_conv", "post_quant_conv", "mid_attention"):
+      if not isinstance(getattr(self, name), bool):
+        raise ValueError(f"{name}: {getattr(self, name)!r} must be true or false")
 
   def setup(self):
     same = dict(widths=tuple(self.widths), layers_per_block=self.layers_per_block, groups=self.groups,
@@ -194,29 +212,3 @@ def shapes(net):
   """The tree of an Autoencoder's parameters."""
   size = 2 ** (len(net.widths) - 1)
   return jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, size, size, net.channels))))["params"]
-
-
-def settings_of(config):
-  """(arguments of Autoencoder, arguments of `to_latents`) from diffusers' config.json. Raises errors.UserError."""
-  levels = len(config.get("block_out_channels", (64,)))
-  channels = config.get("in_channels", 3)
-  for field, want in (
-      ("_class_name", "AutoencoderKL"), ("out_channels", channels), ("act_fn", "silu"),
-      ("down_block_types", ["DownEncoderBlock2D"] * levels), ("up_block_types", ["UpDecoderBlock2D"] * levels)):
-    found = config.get(field, want)
-    if (list(found) if isinstance(found, tuple) else found) != want:
-      raise errors.UserError(f"--source: config.json: {field} is {found}; only {want} is built here")
-  # Statistics of each channel: latents scaled by one number alone would be wrong, and no shape tells.
-  for field in ("latents_mean", "latents_std"):
-    if config.get(field) is not None:
-      raise errors.UserError(f"--source: config.json: {field} is {config[field]}; only scaling_factor and "
-                             "shift_factor are known here")
-  if config.get("scaling_factor", 0.18215) is None:
-    raise errors.UserError("--source: config.json: scaling_factor is null; set the one that the latents' model was trained with")
-  return dict(
-      channels=channels, latent_channels=config.get("latent_channels", 4),
-      widths=tuple(config.get("block_out_channels", (64,))), layers_per_block=config.get("layers_per_block", 1),
-      groups=config.get("norm_num_groups", 32), quant_conv=config.get("use_quant_conv", True),
-      post_quant_conv=config.get("use_post_quant_conv", True),
-      mid_attention=config.get("mid_block_add_attention", True),
-  ), dict(scaling_factor=config.get("scaling_factor", 0.18215), shift_factor=config.get("shift_factor") or 0.0)

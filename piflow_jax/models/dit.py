@@ -3,12 +3,15 @@
 import functools
 from typing import Any
 
+import chex
 from flax import linen as nn
-import jax
 import jax.numpy as jnp
 
+from piflow_jax import config as config_lib
 from piflow_jax import sharding
+from piflow_jax.models import attention as attention_lib
 from piflow_jax.models import layers
+from piflow_jax.models import network
 
 SIZES = {
     "tiny": dict(depth=2, width=32, heads=2),
@@ -17,9 +20,11 @@ SIZES = {
     "XL": dict(depth=28, width=1152, heads=16),
 }
 
+FREE = ("remat", "attention", "unroll")  # how it is computed, not what: may change on a restart
+
 # (path pattern, axes of the mesh for each axis of the leaf), first match wins; `blocks` carry the layer axis first.
-# Matrices are stored split over `fsdp` along the trunk's width, which every size divides, and over `tensor` along heads
-# and hidden units: what one part of them makes, the same part of the next matrix reads.
+# Matrices are stored split over `fsdp` along the trunk's width, which it divides at every size, and over `tensor` along
+# heads and hidden units, so that each device reads in the next matrix what it made in this one.
 SHARDING = (
     (r"blocks/attention/qkv/kernel", (None, "fsdp", None, "tensor")),
     (r"blocks/attention/qkv/bias", (None, None, "tensor")),
@@ -55,11 +60,11 @@ class Block(nn.Module):
     norm = functools.partial(nn.LayerNorm, use_bias=False, use_scale=False, dtype=self.dtype)
     zeros = nn.initializers.zeros_init()
     adaln = nn.Dense(6 * dim, dtype=self.dtype, kernel_init=zeros, dot_general=layers.gathered(), name="adaln")
-    # Left to itself XLA brings the modulations of all samples to each device, for this layer's gradient.
+    # Unconstrained, XLA gathers the modulations of all samples on each device for the gradient of this layer.
     modulation = adaln(sharding.constrain(nn.silu(embedding), sharding.SAMPLES))
     modulation = sharding.constrain(modulation, sharding.SAMPLES)
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-    # Between layers a sample's tokens are where the sample is.
+    # Between layers a sample's tokens stay on the devices that hold the sample.
     x = sharding.constrain(x, sharding.SAMPLES)
     y = _modulate(norm(epsilon=1e-6)(x), shift_a, scale_a)
     x = x + gate_a[:, None] * layers.Attention(self.heads, self.dtype, self.attention, name="attention")(y)
@@ -69,23 +74,24 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-  """Latents [B, H, W, C], noise level t [B] in [0, 1], class labels [B] -> whatever `head` makes of the tokens.
+  """Latents [B, H, W, C], noise level t [B] in [0, 1], condition {"label": int32 [B]} -> what `head` makes of tokens.
 
-  Labels [depth + 1, B] are one for each block and one for the output layer: label dropout of pi-Flow's release draws each
-  anew.
+  Labels [depth + 1, B] are one for each block and one for the output layer: in training pi-Flow's release drops the
+  label for each of them independently.
 
   Attributes:
-    head: module called with (tokens [B, N, D], embedding [B, D], grid (h, w)).
-    num_classes: label `num_classes` is the null class of guidance.
-    time_scale, time_offset: the time that is embedded is time_offset + time_scale t: 1 and 0 (REPA), 1000 and 0 (FM-DiT),
-      -1 and 1 (SiT, whose time is 1 at the data).
-    frequency_shift: 1 where the lowest frequency of the time features is 1 / 10000 (diffusers' DiT), 0 where that would be
-      the next one (facebookresearch/DiT and all that follow it).
+    head: module called as (tokens [B, N, D], embedding [B, D], network.Layout).
+    num_classes: number of labels; one more, label num_classes, is the null class of guidance. 0: the network is
+      unconditional, has no table and reads no label.
+    time_scale, time_offset: the network embeds time_offset + time_scale t: scale 1 and offset 0 (REPA), 1000 and 0
+      (FM-DiT), -1 and 1 (SiT, whose time is 1 at the data).
+    frequency_shift: of `layers.time_features`: 1 where the lowest frequency is 1 / 10000 (diffusers' DiT), 0 where it
+      is one step above that (facebookresearch/DiT and all that follow it).
     unroll: blocks in one turn of the loop over them: more compile slower, and on a CPU run up to twice as fast.
-    two_times: the network is also told where it goes, t_dst [B], by a second embedding of the span t - t_dst (MeanFlow).
-    remat: what a block's backward pass computes again: "full", all of it; "none"; or what a policy of
-      jax.checkpoint_policies leaves over, "dots_with_no_batch_dims_saveable" say.
-    attention: see `attention.attention`.
+    two_times: the network has a second embedding, of the span t - t_dst to the time that it is to reach (MeanFlow).
+    remat: "full": the backward pass computes all of a block again; "none": nothing; the name of one of
+      jax.checkpoint_policies, e.g. "dots_with_no_batch_dims_saveable": all that this policy does not save.
+    attention: of `attention.attention`.
     mlp_norm_eps: 1e-6 (facebookresearch/DiT, SiT, REPA) or 1e-5 (the authors' diffusers-based models).
   """
 
@@ -107,7 +113,8 @@ class DiT(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, t, labels, t_dst=None):
+  def __call__(self, x, t, cond, t_dst=None):
+    chex.assert_rank([x, t], [4, 1])
     grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
     dense = functools.partial(nn.Dense, dtype=self.dtype, dot_general=layers.gathered())
     normal, xavier = nn.initializers.normal(0.02), nn.initializers.xavier_uniform()
@@ -122,14 +129,19 @@ class DiT(nn.Module):
 
     embedding = embed_time(self.time_offset + t * self.time_scale, "time", normal)
     if self.two_times:
-      # Zero at first: a network that starts from a teacher says the teacher's velocity for every span.
+      # Zero at first, so that a network that starts from a teacher returns the teacher's velocity for every span.
       embedding += embed_time((t - t_dst) * self.time_scale, "span", nn.initializers.zeros_init())
-    table = nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, embedding_init=normal, name="class_embed")
-    by_block = labels.ndim == 2
-    embedding = (embedding[None] if by_block else embedding) + table(labels)  # [B, D], or [depth + 1, B, D]
+    by_block = False
+    if self.num_classes:
+      labels = cond["label"]
+      table = nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, embedding_init=normal, name="class_embed")
+      by_block = labels.ndim == 2
+      embedding = (embedding[None] if by_block else embedding) + table(labels)  # [B, D], or [depth + 1, B, D]
     of_blocks, embedding = (embedding[:-1], embedding[-1]) if by_block else (embedding, embedding)
 
-    block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=layers.remat_policy(self.remat))
+    block = Block
+    if self.remat != "none":
+      block = nn.remat(Block, prevent_cse=False, policy=layers.remat_policy(self.remat))
     scan = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
                    in_axes=0 if by_block else nn.broadcast, length=self.depth, unroll=self.unroll)
     tokens, _ = scan(
@@ -140,17 +152,87 @@ class DiT(nn.Module):
     shift, scale = jnp.split(modulation, 2, axis=-1)
     tokens = _modulate(
         nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)(tokens), shift, scale)
-    return self.head(tokens, embedding, grid)
+    return self.head(tokens, embedding, layers.patches(x.shape[1:], self.patch))
 
 
-def null_label(labels, num_classes):
-  """The labels of the unconditional pass: the null class for every sample."""
-  return jnp.full_like(labels, num_classes)
+def config(**fields):
+  """DiT-B as in pi-Flow's ImageNet runs."""
+  return config_lib.noun(make, dict(
+      depth=12,  # blocks
+      width=768,  # features of a token; a multiple of 4 and of heads
+      heads=12,  # of attention
+      patch=2,  # latent positions along each side of a token
+      # Embedded is time_offset + time_scale * noise level. Scale 1 (REPA), 1000 (FM-DiT), -1 with offset 1 (SiT).
+      time_scale=1000.0,
+      time_offset=0.0,  # see time_scale
+      frequency_shift=0,  # of the time features; 1 for diffusers' own DiT
+      mlp_norm_eps=1e-5,  # 1e-6 in facebookresearch/DiT, SiT and REPA
+      # What a block's backward pass computes again: "full", all; "none"; or all but what a policy of
+      # jax.checkpoint_policies saves, e.g. "dots_with_no_batch_dims_saveable".
+      remat="full",
+      attention="auto",  # by platform; or "xla", "splash" and "flash" (TPU), "cudnn" (GPU)
+      unroll=1,  # blocks in one turn of the loop over them; all of them is faster on a CPU, slower to compile
+      dtype="bfloat16",  # of the computation, or "float32"; parameters are float32
+  ), fields)
 
 
-def drop_labels(labels, uniform, *, rate, num_classes):
-  """Labels [B] with the null class where uniform < rate: what lets one network learn both passes of guidance.
+def make(spec, *, patch, remat, attention, dtype, **sizes):
+  """The DiT of data with this spec: pictures [H, W, C], under a label or under none.
 
-  Uniforms [B], or [depth + 1, B] for labels of each block; see `DiT`.
+  Args:
+    spec: `data.spec.Spec`.
+    patch, remat, attention, dtype: see `config`.
+    **sizes: the other fields of `config`.
+  Raises:
+    ValueError: a field is out of its range, or does not fit the spec or another field.
   """
-  return jnp.where(uniform < rate, num_classes, labels)
+  _check(patch=patch, **sizes)
+  if remat != "none":
+    layers.remat_policy(remat)
+  config_lib.one_of("attention", attention, attention_lib.KERNELS)
+  config_lib.one_of("dtype", dtype, ("float32", "bfloat16"))
+  if len(spec.x_0) != 3 or spec.x_0[0] % patch or spec.x_0[1] % patch:
+    raise ValueError(f"patch: {patch} does not divide the data's shape {tuple(spec.x_0)} as height, width, channels")
+  classes = _classes(spec)
+  fields = dict(sizes, patch=patch, num_classes=classes, remat=remat, dtype=jnp.dtype(dtype))
+  # The Pallas kernels have no forward-mode derivative, which MeanFlow takes.
+  two_times = attention in ("auto", "xla") and functools.partial(DiT, two_times=True, attention="xla", **fields)
+  return network.Network(
+      module=functools.partial(DiT, attention=attention, **fields),
+      null=functools.partial(null_label, num_classes=classes) if classes else None,
+      sharding=SHARDING, dtype=jnp.dtype(dtype), two_times=two_times or None,
+      tokens=functools.partial(_tokens, patch=patch))
+
+
+def _check(*, depth, width, heads, patch, time_scale, time_offset, frequency_shift, mlp_norm_eps, unroll):
+  for name, value in dict(depth=depth, width=width, heads=heads, patch=patch, unroll=unroll).items():
+    config_lib.whole(name, value)
+  if width % heads:
+    raise ValueError(f"heads: {heads} does not divide width={width}")
+  if width % 4:
+    raise ValueError(f"width: {width} is no multiple of 4; the table of positions has sines and cosines of x and of y")
+  config_lib.number("time_scale", time_scale)
+  if time_scale == 0:
+    raise ValueError("time_scale: 0 embeds the same time at every noise level; set 1, or 1000")
+  config_lib.number("time_offset", time_offset)
+  config_lib.whole("frequency_shift", frequency_shift, least=0, most=1)
+  config_lib.number("mlp_norm_eps", mlp_norm_eps, above=0, below=1)
+
+
+def _classes(spec):
+  """Size of the label's table, 0 where the data have no condition."""
+  if not spec.cond:
+    return 0
+  label = spec.cond.get("label")
+  if set(spec.cond) != {"label"} or label.shape or label.classes < 1:
+    raise ValueError(f"make: DiT's condition is one label of so many classes, or none; the data have {dict(spec.cond)}")
+  return label.classes
+
+
+def _tokens(shape, *, patch):
+  return shape[0] * shape[1] // patch**2
+
+
+def null_label(cond, num_classes):
+  """The condition of the unconditional pass (method.md, 10): the null class for every sample."""
+  return {"label": jnp.full_like(cond["label"], num_classes)}

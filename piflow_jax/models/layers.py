@@ -1,4 +1,4 @@
-"""Layers that several networks share. Compute in `dtype`, parameters in float32, norms and softmax in float32."""
+"""Layers that several networks share. They compute in `dtype`; parameters, norms and softmax are float32."""
 
 import functools
 from typing import Any
@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from piflow_jax import errors
 from piflow_jax import sharding
 from piflow_jax.models import attention
+from piflow_jax.models import network
 
 
 def sincos_positions(height, width, dim):
@@ -47,10 +47,21 @@ def unpatchify(y, grid, patch):
   return jnp.swapaxes(y, 2, 3).reshape(b, h * patch * w * patch, *rest)
 
 
-def gathered(*spec):
-  """A dot_general whose second operand is first brought together from all of `fsdp`, as FSDP (arXiv 2304.11277) has it.
+def patches(shape, patch):
+  """The Layout of `patchify`'s tokens: patch x patch positions of x_0 [H, W, C] each."""
+  grid = (shape[0] // patch, shape[1] // patch)
+  return network.Layout(patch**2, functools.partial(unpatchify, grid=grid, patch=patch), tuple(shape))
 
-  Left to itself XLA multiplies by one part of a matrix after the other while they go round, which suits large parts.
+
+def positions(shape):
+  """The Layout of a token for each position of x_0 [..., C]: video [T, H, W, C], or a point [C], which is one token."""
+  return network.Layout(1, functools.partial(jnp.squeeze, axis=2), tuple(shape))
+
+
+def gathered(*spec):
+  """A dot_general that first gathers its second operand from all of `fsdp`, as FSDP does (arXiv 2304.11277).
+
+  By default XLA sends parts of the matrix round the ring and multiplies by one after the other: that suits large parts.
   """
   def dot_general(x, kernel, *args, **kwargs):
     return jax.lax.dot_general(x, sharding.constrain(kernel, *spec), *args, **kwargs)
@@ -59,21 +70,21 @@ def gathered(*spec):
 
 
 def remat_policy(name):
-  """What the backward pass need not compute again: by a name of jax.checkpoint_policies, or nothing at all for "full".
+  """The policy of jax.checkpoint by name: one of jax.checkpoint_policies, or None, which saves nothing, for "full".
 
   Raises:
-    errors.UserError: no such policy, or one that wants arguments.
+    ValueError: no such policy, or one that takes arguments.
   """
   named = [n for n in dir(jax.checkpoint_policies) if n.endswith("_saveable")]
   if name not in ("full", *named):
-    raise errors.UserError(f'config.network.remat: {name!r} is none of "none", "full", {", ".join(named)}')
+    raise ValueError(f'remat: {name!r} is none of "none", "full", {", ".join(named)}')
   return None if name == "full" else getattr(jax.checkpoint_policies, name)
 
 
 class Projection(nn.Module):
   """A linear layer with output axes of its own: [..., D] -> [..., *features], float32 out.
 
-  The product accumulates and leaves in float32, so that bfloat16 networks do not round what a policy integrates.
+  The product is accumulated and returned in float32: a bfloat16 network must not round what a policy integrates.
   """
 
   features: tuple[int, ...]
@@ -83,7 +94,9 @@ class Projection(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    flat_init = lambda key, shape: self.kernel_init(key, (shape[0], int(np.prod(shape[1:])))).reshape(shape)
+    def flat_init(key, shape):
+      return self.kernel_init(key, (shape[0], int(np.prod(shape[1:])))).reshape(shape)
+
     kernel = self.param("kernel", flat_init, (x.shape[-1], *self.features))
     bias = self.param("bias", self.bias_init, self.features)
     contract = (((x.ndim - 1,), (0,)), ((), ()))
@@ -92,30 +105,31 @@ class Projection(nn.Module):
 
 
 class VelocityHead(nn.Module):
-  """The output layer of a plain flow model: tokens [B, N, D] -> u [B, H, W, C]."""
+  """The output layer of a plain flow model: tokens [B, N, D] -> u [B, *layout.shape]."""
 
-  channels: int
-  patch: int
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, tokens, embedding, grid):
+  def __call__(self, tokens, embedding, layout):
     del embedding  # a policy's head reads it
-    y = Projection((self.patch**2, self.channels), self.dtype, nn.initializers.zeros_init(), name="out")(tokens)
-    h, w = grid
-    return unpatchify(y, grid, self.patch).reshape(-1, h * self.patch, w * self.patch, self.channels)
+    features = (layout.cells, layout.shape[-1])
+    y = Projection(features, self.dtype, nn.initializers.zeros_init(), name="out")(tokens)
+    return layout.place(y).reshape(-1, *layout.shape)
 
 
-def project_velocities(tokens, grid, *, count, channels, patch, dtype):
-  """Inside a head: `count` output layers of a flow model side by side, tokens [B, N, D] -> [B, count, H, W, C]."""
-  y = Projection((patch**2, count, channels), dtype, nn.initializers.zeros_init(), name="out")(tokens)
-  y = jnp.moveaxis(unpatchify(y, grid, patch), 2, 1)
-  return y.reshape(*y.shape[:2], grid[0] * patch, grid[1] * patch, channels)
+def project_velocities(tokens, layout, *, count, dtype):
+  """Inside a head: `count` output layers of a flow model in one, tokens [B, N, D] -> [B, count, *layout.shape]."""
+  features = (layout.cells, count, layout.shape[-1])
+  y = Projection(features, dtype, nn.initializers.zeros_init(), name="out")(tokens)
+  y = jnp.moveaxis(layout.place(y), 2, 1)
+  return y.reshape(*y.shape[:2], *layout.shape)
 
 
 def copy_output_layer(teacher_head, head):
-  """Parameters of `project_velocities`, shaped like head's, with the teacher's output layer in each of its places."""
-  copy = lambda theirs, mine: jnp.broadcast_to(jnp.expand_dims(theirs, -2), mine.shape)
+  """Parameters shaped like `project_velocities`' in `head`, with the teacher's output layer at each of its places."""
+  def copy(theirs, mine):
+    return jnp.broadcast_to(jnp.expand_dims(theirs, -2), mine.shape)
+
   return {"out": jax.tree.map(copy, teacher_head["out"], head["out"])}
 
 
@@ -123,8 +137,8 @@ class Attention(nn.Module):
   """Multi-head self-attention, [B, N, D] -> [B, N, D]. One matrix [D, 3, heads, head_dim] for q, k and v.
 
   Attributes:
-    heads: that D divides into.
-    kernel: see `attention.attention`.
+    heads: a divisor of D.
+    kernel: of `attention.attention`.
   """
 
   heads: int
@@ -135,15 +149,17 @@ class Attention(nn.Module):
   def __call__(self, x):
     dim = x.shape[-1]
     dense = functools.partial(nn.DenseGeneral, dtype=self.dtype)
-    # The three projections are drawn as three matrices: Xavier's bound knows nothing of their being stored as one.
-    split_init = lambda key, shape, dtype: jnp.stack(
-        [nn.initializers.xavier_uniform()(k, (dim, dim), dtype) for k in jax.random.split(key, 3)], 1).reshape(shape)
+    xavier = nn.initializers.xavier_uniform()
+
+    def split_init(key, shape, dtype):
+      # Xavier's bound comes from a matrix's shape, so q, k and v are drawn as three matrices, though stored as one.
+      return jnp.stack([xavier(k, (dim, dim), dtype) for k in jax.random.split(key, 3)], 1).reshape(shape)
+
     qkv = dense((3, self.heads, dim // self.heads), kernel_init=split_init, dot_general=gathered(None, None, "tensor"),
                 name="qkv")(x)
     q, k, v = jnp.moveaxis(qkv, -3, 0)
     y = attention.attention(q, k, v, self.kernel)
-    return dense(dim, axis=(-2, -1), kernel_init=nn.initializers.xavier_uniform(), dot_general=gathered("tensor"),
-                 name="out")(y)
+    return dense(dim, axis=(-2, -1), kernel_init=xavier, dot_general=gathered("tensor"), name="out")(y)
 
 
 class Mlp(nn.Module):

@@ -1,13 +1,13 @@
-"""What a config would be on a TPU slice: compiled for it here, with no TPU attached.
+"""What a config's step would take up and cost on a TPU slice: compiled for the slice here, with no TPU attached.
 
   python -m piflow_jax.plan --config=configs/imagenet_dit.py:XL,repa-1nfe --config.mesh.fsdp=16 --topology=v5e-16
   python -m piflow_jax.plan --config=configs/imagenet_dit.py:XL,repa-1nfe --topology=v5p:4x4x4,v6e-256 --json=plan.json
 
-A slice is a generation (v5e, v5p, v6e) and its shape, or its size; --slices=2 joins two of them. Several make one
-table. Memory is what XLA's compiler for TPUs says; FLOPs are counted in the traced step; the time of a step is the
-largest of: FLOPs at the chip's peak, the compiler's own estimate of its cycles (it has none for Pallas kernels, whose calls
-are counted beside it), bytes sent over the links. It is a bound of what to hope for, not a measurement. Needs libtpu (make
-plan brings it), some minutes and 3 GB.
+A slice is a generation (v5e, v5p, v6e) and its shape, or its size; --slices=2 joins two of them. Several slices make
+one table. XLA's compiler for TPUs reports the memory; FLOPs are counted in the traced step; the time of a step is the
+largest of: FLOPs at the chip's peak, the compiler's own estimate of its cycles (it has none for Pallas kernels, so the
+table counts their calls), bytes sent over the links. That time is the best to hope for, not a measurement. Needs libtpu
+(make plan brings it), some minutes and 3 GB.
 Exit status: 0 everything fits; 1 something does not; 2 bad input.
 """
 
@@ -20,41 +20,45 @@ from absl import flags
 import jax
 
 from piflow_jax import errors
-from piflow_jax import main as program
+from piflow_jax import program
 from piflow_jax.plan import compiled
-
-TOPOLOGY = flags.DEFINE_list("topology", None, "Slices, e.g. v5e-16,v5p:4x4x4.")
-SLICES = flags.DEFINE_integer(
-    "slices", 1, "So many of them, joined by the data-centre network; set config.mesh.slices alike.")
-SAMPLER = flags.DEFINE_bool(
-    "sampler", False, "Plan a call of the sampler, of config.evaluation.batch_size, not the training step.")
-JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 _GIB = 2**30
 
 
-def _main(argv):
-  del argv
-  if SLICES.value < 1:
-    raise errors.UserError(f"--slices: {SLICES.value} is less than 1")
-  if not TOPOLOGY.value or len(set(TOPOLOGY.value)) < len(TOPOLOGY.value):
-    raise errors.UserError(f"--topology: {','.join(TOPOLOGY.value)!r} is empty, or says one twice; name each slice once")
-  if JSON.value:
-    program.check_file(JSON)
-  for topology in TOPOLOGY.value:
-    compiled.devices_of(topology, SLICES.value)  # before minutes go into the others
+def _define(values):
+  flags.DEFINE_list("topology", None, "Slices, e.g. v5e-16,v5p:4x4x4.", flag_values=values)
+  flags.DEFINE_integer("slices", 1, "So many of them, joined by the data-centre network; set config.mesh.slices alike.",
+                       lower_bound=1, upper_bound=1024, flag_values=values)
+  flags.DEFINE_bool("sampler", False,
+                    "Plan a call of the sampler, of config.evaluation.batch_size, not the training step.",
+                    flag_values=values)
+  flags.DEFINE_string("json", None, "Also write the figures to this file.", flag_values=values)
+
+
+def _main(given):
+  values = given.flags
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold programs compiled for other devices
+  if not values.topology or len(set(values.topology)) < len(values.topology):
+    raise errors.UserError(
+        f"--topology: {','.join(values.topology)!r} is empty, or says one twice; name each slice once")
+  if values.json:
+    program.check_file(values, "json")
+  for topology in values.topology:
+    compiled.devices_of(topology, values.slices)  # refuse a bad one before minutes go into the others
   plans = []
-  for topology in TOPOLOGY.value:
-    began = time.time()
+  for topology in values.topology:
+    began = time.monotonic()
     print(f"{topology}: compiling, a minute or two", file=sys.stderr, flush=True)
-    plans.append(compiled.plan(program.CONFIG.value, topology, slices=SLICES.value, sampler=SAMPLER.value))
-    print(f"{topology}: {time.time() - began:.0f} s", file=sys.stderr, flush=True)
+    plans.append(compiled.plan(given.config, topology, slices=values.slices, sampler=values.sampler))
+    print(f"{topology}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
   print(table(plans))
-  if JSON.value:
+  if values.json:
     try:
-      pathlib.Path(JSON.value).write_text(json.dumps(plans, indent=1) + "\n")
+      pathlib.Path(values.json).write_text(json.dumps(plans, indent=1) + "\n")
     except OSError as e:
-      raise errors.UserError(f"--json: cannot write {JSON.value!r} ({e})") from e
+      raise errors.UserError(f"--json: cannot write {values.json!r} ({e})") from e
   return 0 if all(p["fits"] for p in plans) else 1
 
 
@@ -80,7 +84,8 @@ def table(plans):
   rows.append(("MFU at that", [f"{p['mfu']:.0%}" if "mfu" in p else "" for p in plans]))
   rows.append(("padded arrays (> 2 times)", [_padded(p) for p in plans]))
   rows.append(("hours of the recipe", [f"{p['hours']:.3g}" if "hours" in p else "" for p in plans]))
-  rows.append(("chip-hours", [f"{p['chip_hours']:,.0f}" if "hours" in p else "" for p in plans]))
+  rows.append(("chip-hours", [f"{p['chip_hours']:{'.2g' if p['chip_hours'] < 10 else ',.0f'}}" if "hours" in p else ""
+                              for p in plans]))
   widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(plans))]
   left = max(len(name) for name, _ in rows)
   return "\n".join(f"{name:<{left}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths))
@@ -99,7 +104,7 @@ def _padded(plan):
   return f"{len(plan['padded'])}, to {worst['padded'] / _GIB:.2f} GiB" if worst else "none"
 
 
+PROGRAM = program.Program(_main, _define, __doc__, needs=("topology",), config="file")
+
 if __name__ == "__main__":
-  jax.config.update("jax_platforms", "cpu")
-  jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold what is compiled for others
-  program.run(_main, required=("config", "topology"))
+  program.run(PROGRAM)

@@ -1,7 +1,8 @@
-"""What the makers say of their chips (cloud.google.com/tpu/docs, "System architecture"; per chip, bytes and FLOPs a second).
+"""TPUs as Google describes them (cloud.google.com/tpu/docs, "System architecture"): bytes and FLOPs a second of a chip.
 
-`link` is one way of one ICI link (Google's figures for a chip count all links and both ways); `network` is a chip's share
-of the data-centre network that joins slices (from "How to Scale Your Model", 2025), the least certain number here.
+`link` is one way of one ICI link (Google's figures for a chip count all links and both ways). `network` is a chip's
+share of the data-centre network that joins slices, from "How to Scale Your Model" (2025): the least certain number
+here.
 """
 
 import re
@@ -12,10 +13,10 @@ from piflow_jax import errors
 
 class Chip(NamedTuple):
   flops: float  # bfloat16
-  memory: float  # bytes of HBM that XLA has for a program, as its refusals say
+  memory: float  # bytes of HBM that XLA grants a program, as its refusals state them
   link: float  # bytes a second
   network: float  # bytes a second
-  clock: float  # Hz, of the compiler's cycles: peak FLOPs over those of a cycle
+  clock: float  # Hz of the compiler's cycles: peak FLOPs a second over FLOPs a cycle
 
 
 CHIPS = {
@@ -24,23 +25,25 @@ CHIPS = {
     "v6e": Chip(918e12, 31.25 * 2**30, 90e9, 12.5e9, 1.75e9),
 }
 
-# Slices of so many chips, where people say "v5e-16". A v5p is named by cores, two a chip.
+# Number of chips -> shape, for names like "v5e-16". The number in a v5p's name counts cores, two a chip.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-_CUBE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16"}
+_CUBE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
+         1024: "8x8x16"}
 
 
-def slice_name(said):
+def slice_name(name):
   """(generation, shape) of "v5e:4x4", or of "v5e-16". Raises errors.UserError."""
-  kind, colon, shape = said.partition(":")
+  kind, colon, shape = name.partition(":")
   if not colon:
-    kind, _, count = said.partition("-")
+    kind, _, count = name.partition("-")
     kind = {"v5litepod": "v5e"}.get(kind, kind)
     cores = 2 if kind == "v5p" else 1
     count = int(count) if count.isdigit() else 0
     shape = "" if count % cores else (_CUBE if cores == 2 else _FLAT).get(count // cores, "")
-  # Told any other shape the compiler may end the program.
+  # The compiler may end the whole program at any other shape.
   fits = re.fullmatch(r"[1-9]\d?(x[1-9]\d?){2}", shape) if kind == "v5p" else shape in _FLAT.values()
   if kind not in CHIPS or not fits:
-    raise errors.UserError(f"--topology: {said!r} is no slice known here; write a generation ({', '.join(CHIPS)}) and its "
-                           "shape, as in v5e:4x4 or v5p:4x4x4, or its size, as in v5e-16")
+    raise errors.UserError(
+        f"--topology: {name!r} is no slice known here; write a generation ({', '.join(CHIPS)}) and its shape, as in "
+        "v5e:4x4 or v5p:4x4x4, or its size, as in v5e-16")
   return kind, shape

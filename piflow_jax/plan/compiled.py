@@ -1,5 +1,6 @@
-"""A config's step compiled for a TPU slice that nobody has attached: what it takes up, sends and costs."""
+"""Compiles a config's step for a TPU slice that is not attached, and says what it takes up, sends and costs."""
 
+import functools
 import importlib.util
 import math
 import os
@@ -12,22 +13,23 @@ import jax.numpy as jnp
 from piflow_jax import build
 from piflow_jax import errors
 from piflow_jax import sharding
-from piflow_jax import train_loop
+from piflow_jax import train_step
 from piflow_jax.plan import chips
 from piflow_jax.plan import flops
 from piflow_jax.plan import hlo
 
-# So that the compiler's library looks for no TPU, and several may load it.
+# With these settings libtpu does not look for a TPU, and several processes may load it.
 _QUIET = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost",
               TPU_WORKER_ID="0", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_LOG_DIR="disabled")
 
 
-def devices_of(said, slices):
-  """(chip, devices, name) of a slice that is only compiled for. Raises errors.UserError."""
-  kind, shape = chips.slice_name(said)
+def devices_of(topology, slices):
+  """(chip, devices, name) of a slice that only the compiler knows. Raises errors.UserError."""
+  kind, shape = chips.slice_name(topology)
   if not importlib.util.find_spec("libtpu"):
-    raise errors.UserError("--topology: the compiler for TPUs, libtpu, is not installed; say make plan ARGS=..., which brings "
-                           "it, or pip install --target .libtpu -r requirements-tpu.lock and set PYTHONPATH=.libtpu")
+    raise errors.UserError(
+        "--topology: the compiler for TPUs, libtpu, is not installed; say make plan ARGS=..., which brings it, or pip "
+        "install --target .libtpu -r requirements-tpu.lock and set PYTHONPATH=.libtpu")
   for name, value in _QUIET.items():
     os.environ.setdefault(name, value)
   options = {"num_slices": slices} if slices > 1 else {}
@@ -42,40 +44,42 @@ def devices_of(said, slices):
 
 
 def plan(config, topology, *, slices=1, sampler=False):
-  """What the training step of a config, or with `sampler` a call of its sampler, would be on a slice.
+  """What a config's training step, or with `sampler` a call of its sampler, would take up and cost on a slice.
 
   Returns:
-    A dict of plain values; bytes are of a device, FLOPs of a step over all of them, seconds of a step.
+    A dict of plain values: bytes on one device, FLOPs of a step over all devices, seconds of a step.
   Raises:
-    errors.UserError: an unknown slice, or a mesh or batch that does not fit it.
+    errors.UserError: the slice is unknown, or the mesh or the batch does not fit it.
   """
   chip, devices, name = devices_of(topology, slices)
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  if not sampler:
-    train_loop.check_batch(config, mesh)
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # whose devices, not this machine's, decide what can run
+  mesh = build.mesh(config, devices)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # its devices, not this machine's, decide what can run
     run = build.run(config)
-    jitted = train_loop.compile_run(config, mesh, run)
-  state, teacher = jitted["state"], jitted["teacher"]
+    if not sampler:
+      train_step.check_batch(config, mesh)
+    jitted = train_step.compile(config, mesh, run)
+  state, spec = jitted.state, run.data.spec
   if sampler:
     n, parts = config.evaluation.batch_size, sharding.sample_parts(mesh)
     if n % parts:
-      raise errors.UserError(f"config.evaluation.batch_size: {n} does not divide over {parts} parts of the mesh; choose a "
-                             f"multiple of {parts}")
-    batch = _placed(mesh, dict(noise=((n, *config.data.shape), jnp.float32), cond=((n,), jnp.int32)))
-    arguments = state.ema, teacher, batch["noise"], batch["cond"], _key()
-    trees = dict(parameters=state.ema, batch=batch)  # a student draws without its teacher
+      raise errors.UserError(
+          f"config.evaluation.batch_size: {n} does not divide over {parts} parts of the mesh; choose a multiple of "
+          f"{parts}")
+    batch = _batch(mesh, spec, n)
+    keys = jax.eval_shape(functools.partial(jax.random.split, num=n), _key())
+    arguments = state.ema, jitted.base, batch["x_0"], batch["cond"], keys
+    trees = dict(parameters=state.ema, frozen=jitted.base, batch=batch)  # a student draws without its teacher
   else:
     n = config.batch_size
-    batch = _placed(mesh, dict(x_0=((n, *config.data.shape), jnp.float32), cond=((n,), jnp.int32)))
-    arguments = state, teacher, batch, _key()
-    trees = dict(parameters=state.params, ema=state.ema, optimizer=state.opt_state, teacher=teacher, batch=batch)
-  memory = {kind: _bytes(tree) for kind, tree in trees.items()}
+    batch = _batch(mesh, spec, n)
+    arguments = state, jitted.teacher, batch, _key()
+    trees = dict(parameters=state.params, ema=state.ema, optimizer=state.opt_state, teacher=jitted.teacher, batch=batch)
+  memory = {kind: _bytes(tree) for kind, tree in trees.items() if tree is not None or kind != "frozen"}
   counted = _flops(config, mesh, arguments, sampler)
   found = dict(topology=name, chips=len(devices), mesh=dict(mesh.shape), samples=n, memory=memory,
                model_flops=counted[0], flops=counted[1])
   try:
-    compiled = jitted["draw" if sampler else "step"].lower(*arguments).compile()
+    compiled = (jitted.draw if sampler else jitted.step).lower(*arguments).compile()
   except jax.errors.JaxRuntimeError as e:
     total, limit = _too_much(str(e), sum(memory.values()))
     if limit is None:
@@ -86,7 +90,7 @@ def plan(config, topology, *, slices=1, sampler=False):
 
 
 def _too_much(message, arguments):
-  """(bytes wanted, bytes there) of the compiler's refusal; Nones of any other message."""
+  """(bytes wanted, bytes there) from the compiler's refusal; (None, None) from any other message."""
   size = r"\(?([\d.]+)([KMG])\)?"
   used = re.search(f"Used {size} of {size} hbm", message)
   temporaries = re.search(f"temporaries {size} exceeds available HBM {size}", message)
@@ -99,10 +103,10 @@ def _too_much(message, arguments):
 
 def _measured(compiled, memory, chip):
   m = compiled.memory_analysis()
-  total = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-           + m.generated_code_size_in_bytes)
-  memory |= dict(padding=m.argument_size_in_bytes - sum(memory.values()), program=m.generated_code_size_in_bytes,
-                 activations=m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes, total=total, limit=chip.memory)
+  program = m.generated_code_size_in_bytes
+  activations = m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+  memory |= dict(padding=m.argument_size_in_bytes - sum(memory.values()), program=program, activations=activations,
+                 total=m.argument_size_in_bytes + activations + program, limit=chip.memory)
   return dict(fits=True, memory=memory)
 
 
@@ -110,36 +114,45 @@ def _times(compiled, chip, found, steps):
   runs = hlo.runs(compiled.as_text())
   sent = hlo.collectives(runs)
   links = sum(size for kind, (_, size) in sent.items() if kind != "send") / (2 * chip.link)
-  seconds = dict(peak=found["flops"] / (found["chips"] * chip.flops), compiler=hlo.cycles(runs) / chip.clock, links=links,
+  flops_a_second = found["chips"] * chip.flops
+  seconds = dict(peak=found["flops"] / flops_a_second, compiler=hlo.cycles(runs) / chip.clock, links=links,
                  network=sent.get("send", (0, 0))[1] / chip.network)
   step = max(seconds.values())
-  waste = sorted(hlo.padded(runs), key=lambda b: b.bytes - b.padded)
+  waste = sorted(hlo.padded(runs), key=lambda b: b.bytes - b.padded)  # most first
   recipe = dict(hours=steps * step / 3600, chip_hours=steps * step / 3600 * found["chips"]) if steps else {}
-  return dict(seconds=seconds | {"step": step}, mfu=found["model_flops"] / (found["chips"] * chip.flops * step),
-              kernels=hlo.kernels(runs), collectives={kind: dict(count=count, bytes=size) for kind, (count, size) in sent.items()},
+  return dict(seconds=seconds | {"step": step}, mfu=found["model_flops"] / (flops_a_second * step),
+              kernels=hlo.kernels(runs),
+              collectives={kind: dict(count=count, bytes=size) for kind, (count, size) in sent.items()},
               padded=[dict(array=b.text, bytes=b.bytes, padded=b.padded) for b in waste], **recipe)
 
 
 def _flops(config, mesh, arguments, sampler):
-  """(FLOPs of the model, those with what the backward pass computes again)."""
+  """(FLOPs of the model, FLOPs of the step with all that the backward pass recomputes)."""
   def count(**network):
     c = config.copy_and_resolve_references()
-    with c.unlocked():
-      c.network.update(network, attention="xla")  # whose products can be counted
-    return flops.count(train_loop.compile_run(c, mesh, build.run(c))["draw" if sampler else "step"], *arguments)
+    # XLA's attention consists of products that can be counted; a network without these fields has no other kind.
+    wanted = {k: v for k, v in dict(network, attention="xla").items() if c.network is not None and k in c.network}
+    if wanted:
+      c.network.update(wanted)
+    jitted = train_step.compile(c, mesh, build.run(c))
+    return flops.count(jitted.draw if sampler else jitted.step, *arguments)
 
   return count(remat="none"), count()
 
 
-def _placed(mesh, arrays):
+def _batch(mesh, spec, n):
   split = jax.sharding.NamedSharding(mesh, sharding.BATCH)
-  return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in arrays.items()}
+
+  def array(shape, dtype):
+    return jax.ShapeDtypeStruct((n, *shape), jnp.dtype(dtype), sharding=split)
+
+  return {"x_0": array(spec.x_0, "float32"), "cond": {k: array(a.shape, a.dtype) for k, a in spec.cond.items()}}
 
 
 def _key():
-  return jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(functools.partial(jax.random.key, 0))
 
 
 def _bytes(tree):
-  """Of the part of a tree that one device holds."""
+  """Bytes of the part of a tree that one device holds."""
   return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

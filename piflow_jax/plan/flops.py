@@ -1,5 +1,8 @@
-"""Floating-point operations of a function, counted in its jaxpr: a multiplication and an addition for each product of a
-matrix product. What else there is (norms, softmax, policies) is counted by nobody who states an MFU, nor here."""
+"""Floating-point operations of a function, counted in its jaxpr.
+
+Each product of a matrix product counts as a multiplication and an addition. Everything else (norms, softmax, policies)
+counts as nothing, as in every published MFU.
+"""
 
 import math
 
@@ -9,10 +12,10 @@ from piflow_jax import errors
 
 
 def count(f, *args):
-  """FLOPs of f(*args), whose arguments may be shapes. Loops count by their length; of branches the dearest.
+  """FLOPs of f(*args), whose arguments may be shapes. A loop counts by its length, a conditional by its dearest branch.
 
   Raises:
-    errors.UserError: matrix products in a loop that ends by a condition, as an adaptive solver's does.
+    errors.UserError: a loop that ends by a condition, as an adaptive solver's does, has matrix products in it.
   """
   return _of(jax.make_jaxpr(f)(*args).jaxpr)
 
@@ -33,8 +36,9 @@ def _equation(e):
     return max(_of(branch.jaxpr) for branch in e.params["branches"])
   if e.primitive.name == "while":
     if _of(e.params["cond_jaxpr"].jaxpr) + _of(e.params["body_jaxpr"].jaxpr):
-      raise errors.UserError("config: a loop over matrix products ends by a condition, so that nobody can count them before it "
-                             "runs; choose what has a fixed number of steps, e.g. config.sampling.solver=euler")
+      raise errors.UserError(
+          "config: a loop over matrix products ends by a condition, so nobody can count them before it runs; choose "
+          "what has a fixed number of steps, e.g. config.method.solver=euler")
     return 0
   inner = [getattr(p, "jaxpr", p) for name, p in e.params.items() if name in ("jaxpr", "call_jaxpr")]
   return e.params.get("length", 1) * sum(_of(jaxpr) for jaxpr in inner)

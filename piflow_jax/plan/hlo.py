@@ -1,7 +1,7 @@
-"""Reading a compiled program's text: how often each instruction runs, what it sends, what its buffers take up.
+"""Reads a compiled program's text: how often each instruction runs, what it sends, what its buffers take up.
 
-XLA's own cost analysis counts the body of a loop once, which for a network that is a loop over its layers is no figure at
-all. Here a loop's body counts as often as its condition lets it; where the number is not in the text, once.
+XLA's own cost analysis counts the body of a loop once: a network that loops over its layers would count as one layer.
+Here a loop's body counts as often as it runs, or once where the text does not have the number.
 """
 
 import math
@@ -12,12 +12,13 @@ _BYTES = dict(pred=1, s8=1, u8=1, s16=2, u16=2, bf16=2, f16=2, s32=4, u32=4, f32
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
-_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 
 
 class Instruction(NamedTuple):
   name: str
-  type: str  # of its result, as written
+  type: str  # the result's, as written
   op: str
   rest: str  # operands and attributes
 
@@ -27,8 +28,8 @@ class Buffer(NamedTuple):
 
   text: str
   bytes: int  # of its elements
-  padded: int  # with what tiling adds
-  on_chip: bool  # in the core's own memory, not in HBM
+  padded: int  # bytes with what tiling adds
+  on_chip: bool  # whether it lies in the core's own memory instead of HBM
 
 
 def computations(text):
@@ -60,7 +61,7 @@ def runs(text):
       else:
         for one, many in _CALLED.findall(i.rest):
           for callee in [one] if one else [part.strip().lstrip("%") for part in many.split(",")]:
-            # Of an addition that a reduction is made of there is nothing to be told.
+            # Skip a reduction's scalar add: nothing in it is counted.
             if i.op in ("fusion", "call", "conditional", "async-start"):
               visit(callee, times, fused or i.op == "fusion")
 
@@ -72,7 +73,7 @@ def _trips(loop, table, condition):
   known = re.search(r'known_trip_count[^\d]*(\d+)', loop.rest)
   if known:
     return int(known[1])
-  # i < n, with n in the condition, or in what it calls.
+  # The condition is i < n; n is a constant in it or in a computation that it calls.
   numbers, names = [], [condition]
   while names:
     for i in table.get(names.pop(), ()):
@@ -101,12 +102,13 @@ def buffers(type_):
 
 
 def cycles(found):
-  """The compiler's own estimate of a program's cycles, loops counted as `runs` (its argument) has them.
+  """The compiler's own estimate of a program's cycles; `found` is the result of `runs`.
 
-  Pallas kernels (see `kernels`) and collectives have none.
+  A loop counts as often as it runs. The compiler estimates none for Pallas kernels (see `kernels`) and collectives.
   """
+  # The compiler writes a number of more than 15 digits where it does not know.
   return sum(times * int(n) for i, times, fused in found if not fused
-             for n in re.findall(r'"estimated_cycles":"(\d{1,15})"', i.rest)[:1])  # more digits are its way to say: unknown
+             for n in re.findall(r'"estimated_cycles":"(\d{1,15})"', i.rest)[:1])
 
 
 def kernels(found):
@@ -114,38 +116,43 @@ def kernels(found):
   return sum(times for i, times, _ in found if 'custom_call_target="tpu_custom_call"' in i.rest)
 
 
-# A TPU's reduce-scatter: a computation, named so, of an all-reduce and of the part that is kept; nobody is sent the rest.
+# XLA writes a TPU's reduce-scatter as a computation of this name: an all-reduce, then a slice of its result. The chip
+# sends only that slice's worth.
 _SCATTER = "all-reduce-scatter"
 
-# Bytes that a chip sends for results of `size` bytes in a group of g.
-_SENT = {
-    "all-gather": lambda size, g: size * (g - 1) / g, "all-reduce": lambda size, g: 2 * size * (g - 1) / g,
-    "reduce-scatter": lambda size, g: size * (g - 1), _SCATTER: lambda size, g: size * (g - 1) / g,
-    "all-to-all": lambda size, g: size * (g - 1) / g,
-    "collective-permute": lambda size, g: size, "send": lambda size, g: size}
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", _SCATTER, "all-to-all", "collective-permute", "send")
+
+
+def _sent(kind, size, group):
+  """Bytes that a chip sends for results of `size` bytes in a group of `group` chips."""
+  if kind in ("collective-permute", "send"):
+    return size
+  if kind == "reduce-scatter":
+    return size * (group - 1)
+  return (2 if kind == "all-reduce" else 1) * size * (group - 1) / group
 
 
 def collectives(found):
-  """{kind: (how many run, bytes that a chip sends)}; "send" is what crosses from slice to slice."""
+  """{kind: (how many run, bytes that a chip sends)}; a "send" crosses from slice to slice."""
   table, seen = {}, set()
   for i, times, _ in found:
     kind = i.op.removesuffix("-start")
     channel = re.search(r"channel_id=(\d+)", i.rest)
-    # One that is spread over several fusions, to hide it behind them, is written in each of them.
-    if kind not in _SENT or channel and channel[1] in seen:
+    # To hide a collective behind several fusions, XLA writes it into each of them: count a channel once.
+    if kind not in _KINDS or channel and channel[1] in seen:
       continue
     seen |= {channel[1]} if channel else set()
     sizes = [b.bytes for b in buffers(i.type)]
-    size = max(sizes, default=0) if i.op != kind else sum(sizes)  # what has started carries its operand along
-    told = "reduce-scatter" if kind == _SCATTER else kind
-    count, total = table.get(told, (0, 0))
+    size = max(sizes, default=0) if i.op != kind else sum(sizes)  # the result of a "-start" includes its operand
+    row = "reduce-scatter" if kind == _SCATTER else kind
+    count, total = table.get(row, (0, 0))
     group = 1 if kind in ("collective-permute", "send") else _group(i.rest)
-    table[told] = count + times, total + times * _SENT[kind](size, group)
+    table[row] = count + times, total + times * _sent(kind, size, group)
   return table
 
 
 def _group(rest):
-  """How many take part in a collective."""
+  """The number of chips that take part in a collective."""
   axes = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}", rest)
   if axes:
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
@@ -153,11 +160,11 @@ def _group(rest):
   iota = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
   listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
   if not iota and not listed:
-    raise ValueError(f"a collective without a group that can be read: {rest[:300]}")
+    raise ValueError(f"rest: a collective without a group that can be read: {rest[:300]}")
   return int(iota[1]) if iota else len(listed[1].split(","))
 
 
 def padded(found, *, least=2.0, smallest=1 << 20):
-  """{Buffer}: arrays in HBM that tiling makes `least` times larger, of at least `smallest` bytes then."""
+  """{Buffer}: arrays in HBM that tiling makes at least `least` times larger, to `smallest` bytes or more."""
   return {b for i, _, fused in found if not fused and i.op not in ("tuple", "get-tuple-element", "parameter", "while")
           for b in buffers(i.type) if not b.on_chip and b.padded >= smallest and b.padded >= least * b.bytes}

@@ -23,9 +23,9 @@ def _recording(calls):
 @pytest.mark.parametrize("nfe, final_scale", [(1, 1.0), (4, 0.5)])
 def test_data_free_is_a_walk_of_separate_segments(nfe, final_scale):
   """Against the walk written out: losses by length, and each segment's gradient with its start held fixed."""
-  objective = segments.data_free(_recording([]), nfe=nfe, final_scale=final_scale)
+  objective = segments.data_free(_recording([]), flow.Clock(1.0, 128, nfe, final_scale))
   keys = jax.random.split(jax.random.key(0), 3)
-  batch = {"x_0": jnp.full((3, 2, 2, 1), jnp.nan), "cond": jnp.zeros(3)}  # no data is looked at
+  batch = {"x_0": jnp.full((3, 2, 2, 1), jnp.nan), "cond": {}}  # no data are read
   p = jnp.array(0.3)
   grads, metrics = jax.jit(objective)(p, None, batch, keys, 0)
 
@@ -44,9 +44,9 @@ def test_data_free_is_a_walk_of_separate_segments(nfe, final_scale):
 
 def test_on_data_starts_each_sample_at_its_segments_source():
   calls = []
-  objective = segments.on_data(_recording(calls), nfe=4, final_scale=0.5, shift=3.0)
+  objective = segments.on_data(_recording(calls), flow.Clock(3.0, 128, 4, 0.5))
   x_0 = jax.random.normal(jax.random.key(1), (400, 1, 1, 50))
-  objective(jnp.array(0.3), None, {"x_0": x_0, "cond": jnp.zeros(400)}, jax.random.split(jax.random.key(2), 400), 0)
+  objective(jnp.array(0.3), None, {"x_0": x_0, "cond": {}}, jax.random.split(jax.random.key(2), 400), 0)
   x_src, tau_src, segment = (np.asarray(jax.lax.stop_gradient(a)) for a in jax.tree.map(_value, calls[0]))
   sources = np.array([1, 2.5 / 3.5, 1.5 / 3.5, 0.5 / 3.5])
   which = np.abs(tau_src[:, None] - sources).argmin(1)
@@ -62,8 +62,24 @@ def test_on_data_starts_each_sample_at_its_segments_source():
   assert abs(np.mean(noise * np.asarray(x_0))) < 0.03
 
 
+def test_a_dropped_condition_is_null_in_all_its_arrays():
+  cond = {"label": jnp.arange(3), "text": jnp.arange(24.0).reshape(3, 4, 2)}
+
+  def null(cond):
+    return {"label": jnp.full_like(cond["label"], 9), "text": -jnp.ones_like(cond["text"])}
+
+  dropped = segments.drop(cond, null, jnp.array([False, True, False]))
+  np.testing.assert_array_equal(dropped["label"], [0, 9, 2])
+  np.testing.assert_array_equal(dropped["text"], np.where(np.array([0, 1, 0])[:, None, None], -1, cond["text"]))
+  # For each of several layers by itself.
+  each = segments.drop(cond, null, jnp.array([[False, True, False], [True, False, False]]))
+  np.testing.assert_array_equal(each["label"], [[0, 9, 2], [9, 1, 2]])
+  assert each["text"].shape == (2, 3, 4, 2)
+  np.testing.assert_array_equal(each["text"][1], np.where(np.array([1, 0, 0])[:, None, None], -1, cond["text"]))
+
+
 def _value(x):
-  """The number inside what differentiation traces."""
+  """The number inside a tracer of jax.grad."""
   while hasattr(x, "primal"):
     x = x.primal
   return x

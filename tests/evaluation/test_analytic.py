@@ -24,11 +24,13 @@ def test_end_points_come_nearer_with_size_and_training(tmp_path):
   def config_of(policy, n):
     config = gaussians.get_config(f"{policy},{n}")
     config.update(batch_size=64, log_every=100)
-    config.flow.total_substeps = 16
+    config.method.total_substeps = 16
     config.optimizer.learning_rate = 2e-3
     return config
 
-  sweep = lambda stops: analytic.sweep(config_of, tmp_path, sizes=[1, 16], stops=stops, policies=("gm",))["gm"]
+  def sweep(stops):
+    return analytic.sweep(config_of, tmp_path, sizes=[1, 16], stops=stops, policies=("gm",))["gm"]
+
   errors = sweep([100, 200])
   # Measured 0.09 to 0.21 at this size; the bounds leave half of the difference.
   assert errors[16][1] < 0.7 * errors[16][0]
@@ -46,14 +48,18 @@ def test_dx_policies_of_exact_estimates_are_nearer_with_more_points():
 
   Not to the end: there u = (x - x0_hat) / t takes any x to the last estimate.
   """
-  config = gaussians.get_config("dx,1")
-  params, cond = build.exact_teacher(config), jnp.zeros(256, jnp.int32)
-  velocity = lambda x, t: build.teacher(config)(params, x, t, cond)
-  exact_step = sampler.velocity_flow_map(velocity, method="Dopri5")
+  run = build.run(gaussians.get_config("dx,1"))
+  params, cond = run.teacher.params(), {"label": jnp.zeros(256, jnp.int32)}
+  clock = flow.Clock(1.0, total_substeps=256, nfe=1, final_scale=1.0)
+
+  def velocity(x, t):
+    return run.teacher.velocity(params, x, t, cond)
+
+  exact_step = sampler.velocity_flow_map(velocity, clock, method="Dopri5")
 
   def walk(x, i):  # down to raw time 0, whose estimate is x itself
     t, t_next = (jnp.full(256, 1 - j / 128) for j in (i, i + 1))
-    return exact_step(x, t, t_next, None), (x, x - flow.broadcast_to(t, x) * velocity(x, t))
+    return exact_step(x, t, t_next), (x, x - flow.broadcast_to(t, x) * velocity(x, t))
 
   noise = jax.random.normal(jax.random.key(0), (256, 1, 1, 2))
   x_0, (states, estimates) = jax.jit(lambda x: jax.lax.scan(walk, x, jnp.arange(128.0)))(noise)
@@ -61,11 +67,11 @@ def test_dx_policies_of_exact_estimates_are_nearer_with_more_points():
 
   @jax.jit
   def halfway(x_0):
-    policy = dx.to_policy(noise[:, None] - jnp.moveaxis(x_0, 0, 1), noise, jnp.ones(256), segment=1.0)
-    return rollout.rollout(policy, noise, jnp.ones(256), jnp.full(256, 0.5), total_substeps=256)
+    policy = dx.to_policy(noise[:, None] - jnp.moveaxis(x_0, 0, 1), noise, jnp.ones(256), clock, segment=1.0)
+    return rollout.rollout(policy, noise, jnp.ones(256), jnp.full(256, 0.5), clock)
 
   # A grid's first point is the segment's end.
-  errors = [metrics.endpoint_error(*map(np.asarray, (halfway(estimates[::-128 // (n - 1)]), states[64], cond)))
+  errors = [metrics.endpoint_error(*map(np.asarray, (halfway(estimates[::-128 // (n - 1)]), states[64], cond["label"])))
             for n in (2, 5, 17, 65)]
   # Measured 0.141, 0.011, 0.0022, 0.0018: the last is what 128 substeps leave.
   assert errors[0] > 0.1 and errors[1] < 0.02 and max(errors[2:]) < 0.004
@@ -76,6 +82,7 @@ def test_exact_ends_of_one_gaussian_are_in_closed_form():
   mixture = teacher_lib.GaussianMixture(jnp.full((1, 1, 1, 2), 1.5), 0.3, jnp.zeros((1, 1)))
   config = gaussians.get_config("gm,1")
   config.teacher.mixture = lambda shape, classes: mixture
+  run = build.run(config)
   noise = jax.random.normal(jax.random.key(0), (32, 1, 1, 2))
-  ends = analytic.exact_ends(config, build.exact_teacher(config), noise, jnp.zeros(32, jnp.int32))
+  ends = analytic.exact_ends(run, run.teacher.params(), noise, {"label": jnp.zeros(32, jnp.int32)})
   np.testing.assert_allclose(ends, 1.5 + 0.3 * noise, atol=2e-5)  # float32 over 256 steps

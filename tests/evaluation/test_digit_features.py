@@ -6,6 +6,7 @@ import pytest
 from piflow_jax.data import digits
 from piflow_jax.evaluation import digit_features
 from piflow_jax.evaluation import metrics
+from piflow_jax.evaluation import statistics
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,8 @@ def test_features_are_finite_and_tell_classes_apart(classifier):
   assert np.isfinite(features).all() and features.min() >= 0
   same, other = features[labels == 3], features[labels == 1]
   half = len(same) // 2
-  assert metrics.frechet_distance(same[:half], other) > 3 * metrics.frechet_distance(same[:half], same[half:])
+  first, second, others = (statistics.of(rows) for rows in (same[:half], same[half:], other))
+  assert statistics.frechet_distance(first, others) > 3 * statistics.frechet_distance(first, second)
 
 
 def test_forward_pass_is_scikit_learns():

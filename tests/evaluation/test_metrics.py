@@ -4,53 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
-import scipy.linalg
 import scipy.spatial
 
 from piflow_jax.evaluation import metrics
-
-
-def _with_moments(n, mean, cov, rng):
-  """n samples whose sample mean and unbiased covariance are exactly these."""
-  x = rng.standard_normal((n, len(mean)))
-  x -= x.mean(0)
-  white = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
-  return mean + white @ np.linalg.cholesky(cov).T
-
-
-def test_frechet_of_known_gaussians():
-  rng = np.random.default_rng(0)
-  a = _with_moments(50, np.array([1.0, -2.0, 0.0]), np.diag([1.0, 4.0, 9.0]), rng)
-  b = _with_moments(70, np.array([0.0, 0.0, 0.0]), np.diag([4.0, 1.0, 0.25]), rng)
-  # Covariances that commute: |mu|^2 + sum (sd_a - sd_b)^2.
-  expected = 5 + (1 - 2) ** 2 + (2 - 1) ** 2 + (3 - 0.5) ** 2
-  np.testing.assert_allclose(metrics.frechet_distance(a, b), expected, rtol=1e-10)
-
-
-def test_frechet_against_matrix_square_root():
-  rng = np.random.default_rng(1)
-  a = rng.standard_normal((200, 12)) @ rng.standard_normal((12, 12)) + 1
-  b = rng.standard_normal((90, 12)) @ rng.standard_normal((12, 12))
-  s_a, s_b = np.cov(a.T), np.cov(b.T)
-  expected = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(s_a + s_b - 2 * scipy.linalg.sqrtm(s_a @ s_b).real)
-  np.testing.assert_allclose(metrics.frechet_distance(a, b), expected, rtol=1e-9)
-  np.testing.assert_allclose(metrics.frechet_distance(b, a), expected, rtol=1e-9)
-
-
-def test_frechet_of_identical_and_of_rank_deficient_sets():
-  rng = np.random.default_rng(2)
-  few = rng.standard_normal((7, 40)) * 100
-  np.testing.assert_allclose(metrics.frechet_distance(few, few), 0, atol=1e-9)
-  np.testing.assert_allclose(metrics.frechet_distance(few, few + 3), 9 * 40, rtol=1e-10)
-  # Two samples each, so of rank one: tr (S_a S_b)^1/2 = |a . b| for S = a a^T and b b^T.
-  a, b = rng.standard_normal((2, 40))
-  pair = lambda v: np.stack([v, -v]) / 2**0.5
-  expected = a @ a + b @ b - 2 * abs(a @ b)
-  np.testing.assert_allclose(metrics.frechet_distance(pair(a), pair(b)), expected, rtol=1e-10)
-  # float32 features are computed with in float64, or a large mean would lose the spread.
-  far = np.float32(few) + 2**12, np.float32(2 * few[:5]) + 2**12
-  expected = metrics.frechet_distance(*(x.astype(np.float64) for x in far))
-  np.testing.assert_allclose(metrics.frechet_distance(*far), expected, rtol=1e-10)
 
 
 def _brute_precision_recall(real, generated, k):
@@ -143,6 +99,22 @@ def test_endpoint_error_against_brute_force():
   assert metrics.endpoint_error(reference, reference, labels) == 0
 
 
+def test_endpoint_error_of_batches_and_processes_is_that_of_the_whole():
+  rng = np.random.default_rng(13)
+  reference, labels = 100 + rng.standard_normal((60, 4, 4, 1)), rng.integers(0, 7, 60)
+  labels[0] = 9  # alone
+  endpoints = reference + 0.3 * rng.standard_normal(reference.shape)
+  for cuts in ([], [1, 2, 30], range(1, 60)):
+    parts = np.split(np.arange(60), cuts)
+    errors, first, second = {}, metrics.Spread(), metrics.Spread()
+    for i, part in enumerate(parts):
+      for label, error in metrics.squared_errors(endpoints[part], reference[part], labels[part]).items():
+        errors[label] = errors.get(label, 0) + error
+      (first, second)[i % 2].update(reference[part], labels[part])
+    found = metrics.relative_error(errors, first.merge(second))
+    np.testing.assert_allclose(found, metrics.endpoint_error(endpoints, reference, labels), rtol=1e-12)
+
+
 def test_endpoint_error_of_unrelated_samples_is_one():
   rng = np.random.default_rng(8)
   labels = np.repeat([0, 1, 2], [4000, 1000, 300])  # uneven classes of uneven spread
@@ -154,14 +126,30 @@ def test_accuracy():
   assert metrics.accuracy([1, 2, 3, 4], [1, 2, 0, 4]) == 0.75
 
 
+def test_the_table_says_of_every_metric_what_is_better():
+  for key, metric in metrics.METRICS.items():
+    assert metric.better in (metrics.LOWER, metrics.HIGHER, metrics.TEACHERS, metrics.FASTER)
+    assert metric.heading and metric.description and metric.decimals >= 2
+    assert set(metric.needs) <= {"features", "labels", "teacher", "pixels", "clock", "training"}
+    arrows = [arrow in metrics.heading(key) for arrow in "↓↑"]
+    assert arrows == [metric.better == better for better in ("lower", "higher")]
+  assert metrics.note("accuracy").endswith("; higher is better") and "better" not in metrics.note("diversity")
+
+
+def test_means_over_seeds_leave_out_what_was_not_measured():
+  assert metrics.over_seeds([2.0, 3.0, 4.0]) == (3.0, 1.0)
+  assert metrics.over_seeds([2.0, None, float("nan"), 4.0]) == (3.0, pytest.approx(2**0.5))
+  assert metrics.over_seeds([None, 2.0]) == (2.0, None)
+  assert metrics.over_seeds([float("inf"), None]) == metrics.over_seeds([]) == (None, None)
+
+
 _X, _Y = np.random.default_rng(9).standard_normal((8, 3)), np.repeat([0, 1], 4)
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: metrics.frechet_distance(_X, _X[:, :2]), "one D"),
-    (lambda: metrics.frechet_distance(_X[:, 0], _X), "one D"),
-    (lambda: metrics.frechet_distance(_X[:1], _X), "at least 2"),
-    (lambda: metrics.frechet_distance(_X, np.where(_X > 1, np.nan, _X)), "finite"),
+    (lambda: metrics.precision_recall(_X, _X[:, :2]), "one D"),
+    (lambda: metrics.precision_recall(_X[:, 0], _X), "one D"),
+    (lambda: metrics.precision_recall(_X, np.where(_X > 1, np.nan, _X)), "finite"),
     (lambda: metrics.precision_recall(_X, _X[:3]), "at least 4"),
     (lambda: metrics.precision_recall(_X, _X, k=0), "k must"),
     (lambda: metrics.class_diversity(_X, _Y[:3]), "one a sample"),
@@ -171,7 +159,7 @@ _X, _Y = np.random.default_rng(9).standard_normal((8, 3)), np.repeat([0, 1], 4)
     (lambda: metrics.accuracy(_Y, _Y[:3]), "must both be"),
     (lambda: metrics.accuracy([], []), "must both be"),
 ])
-def test_bad_input_is_told_in_one_line(call, message):
+def test_bad_input_is_refused_in_one_line(call, message):
   with pytest.raises(ValueError, match=message) as error:
     call()
   assert "\n" not in str(error.value)

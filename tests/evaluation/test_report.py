@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from piflow_jax import images as images_lib
 from piflow_jax.evaluation import figures
 from piflow_jax.evaluation import report
 
@@ -26,38 +27,11 @@ ROWS = [_row("teacher", 128, frechet_to_teacher=None, endpoint_error=None), _row
         _row("student", np.int64(1), frechet=np.float32(2.25))]
 
 
-def test_image_grid_places_pixels():
-  images = np.linspace(-1, 1, 3 * 8 * 8).reshape(3, 8, 8, 1)
-  grid = figures.image_grid(images, 2)
-  assert grid.shape == (65, 65, 3) and grid.dtype == np.uint8
-  for i, (top, left) in enumerate([(0, 0), (0, 33), (33, 0)]):
-    expected = np.kron(np.round((images[i, ..., 0] + 1) * 127.5), np.ones((4, 4)))
-    for channel in range(3):
-      np.testing.assert_array_equal(grid[top:top + 32, left:left + 32, channel], expected)
-  assert (grid[32] == 255).all() and (grid[:, 32] == 255).all() and (grid[33:, 33:] == 255).all()
-
-
-def test_image_grid_takes_any_channels():
-  colours = np.array([-1.0, 0.2, 1.0]) * np.ones((1, 20, 40, 3))
-  grid = figures.image_grid(colours, 1)
-  assert grid.shape == (40, 80, 3)  # 20 high: twice is the least factor that gives 32
-  assert (grid == [0, 153, 255]).all()
-  assert figures.image_grid(np.tile(colours, (1, 2, 2, 1)), 1).shape == (40, 80, 3)
-  latents = np.random.default_rng(0).normal(3, 10, (4, 32, 32, 4))
-  grid = figures.image_grid(latents, 4)
-  cells = np.stack(np.split(np.delete(grid, [32, 65, 98], axis=1), 4, axis=1))
-  expected = (latents - latents.min((0, 1, 2))) / np.ptp(latents, (0, 1, 2)) * 255
-  np.testing.assert_allclose(cells, expected[..., :3], atol=0.51)
-  assert figures.image_grid(latents[..., :2], 4).shape == grid.shape
-  clipped = figures.image_grid(np.array([np.nan, 7, -7, -np.inf]).reshape(4, 1, 1, 1), 1)
-  assert clipped[[0, 33, 66, 99], 0, 0].tolist() == [128, 255, 0, 0]
-
-
 def test_comparison_copies_pixels():
   rng = np.random.default_rng(0)
   rows = [(label, rng.uniform(-1, 1, (5, 8, 8, 1))) for label in ("teacher, 128 calls", "student & $x$")]
   picture = _decoded(figures.comparison(rows))
-  grids = [figures.image_grid(images, 5, cell=48) for _, images in rows]
+  grids = [images_lib.image_grid(images, 5, cell=48) for _, images in rows]
   height, width = grids[0].shape[:2]
   assert picture.shape[0] == 2 * height + 6 and picture.shape[1] > width + 80
   np.testing.assert_array_equal(picture[:height, -width:], grids[0])
@@ -77,6 +51,9 @@ def test_charts_decode():
   assert picture.shape == (192, 860, 3)
   bars = (picture == [0xd9, 0x48, 0x0f]).all(-1)
   assert bars[:, :430].any() and bars[:, 430:].any()
+  # What no row has gets no panel.
+  alone = (_decoded(figures.quality([_row("student", 1, frechet=None)])) == [0xd9, 0x48, 0x0f]).all(-1)
+  assert alone[:, :430].any() and alone[:, 430:].sum() > bars[:, 430:].sum()
   no_student = _decoded(figures.quality([_row("student", 1, frechet=None, endpoint_error=float("nan"))]))
   assert not (no_student == [0xd9, 0x48, 0x0f]).all(-1).any()
 
@@ -114,8 +91,10 @@ def test_methods_puts_each_metric_in_a_panel():
 
 
 def test_methods_shows_means_and_deviations():
-  draw = lambda values: figures.methods(
-      [_method("gm", 1, a=values), _method("gm", 2, a=[1.0, 1.0]), _method("dx", 1, a=[5.0, 5.0])], ["a"], ["A"])
+  def draw(values):
+    rows = [_method("gm", 1, a=values), _method("gm", 2, a=[1.0, 1.0]), _method("dx", 1, a=[5.0, 5.0])]
+    return figures.methods(rows, ["a"], ["A"])
+
   narrow = draw([2.0, 2.2])
   assert draw([2.2, 2.0]) == narrow  # seeds have no order
   assert len({narrow, *map(draw, ([2.0, 2.3], [1.9, 2.3], [2.1, None], [None, None]))}) == 5
@@ -147,8 +126,10 @@ def test_methods_keep_half_of_their_panel():
 
 def test_lines_side_by_side():
   x, y = np.array([1, 10, 100]), np.array([1.0, 0.1, 0.01])
-  draw = lambda log, y=y: figures.lines(
-      [("One $", "points $K", "error", {"gm": (x, y)}, log), ("Two", "N", "error $", {"dx": (x, y)}, log)], "Both $")
+  def draw(log, y=y):
+    one = ("One $", "points $K", "error", {"gm": (x, y)}, log)
+    return figures.lines([one, ("Two", "N", "error $", {"dx": (x, y)}, log)], "Both $")
+
   pictures = {log: draw(log) for log in ("", "x", "y", "xy")}
   assert len(set(pictures.values())) == 4
   for picture in pictures.values():
@@ -168,9 +149,6 @@ def test_lines_side_by_side():
 
 
 @pytest.mark.parametrize("call", [
-    lambda: figures.image_grid(np.zeros((8, 8, 1)), 2),
-    lambda: figures.image_grid(np.zeros((0, 8, 8, 1)), 2),
-    lambda: figures.image_grid(np.zeros((1, 8, 8, 1)), 0),
     lambda: figures.comparison([]),
     lambda: figures.comparison([("a", np.zeros((1, 8, 8, 1))), ("b", np.zeros((2, 8, 8, 1)))]),
     lambda: figures.lines([], "nothing"),
@@ -186,11 +164,12 @@ def test_pictures_of_nothing_are_refused(call):
 
 
 class _Page(html.parser.HTMLParser):
-  """Table cells, which of them are bold, images, addresses and text of a page; fails on tags that do not close."""
+  """Table headings, cells, bold ones, images, addresses and text of a page; fails on tags that do not close."""
 
   def __init__(self, text):
     super().__init__()
     self.open, self.cells, self.bold, self.images, self.addresses, self.text = [], [], [], {}, [], ""
+    self.headings = []
     self.feed(text)
     assert not self.open
 
@@ -201,6 +180,8 @@ class _Page(html.parser.HTMLParser):
       self.images[attrs["alt"]] = attrs["src"]
     if tag == "td":
       self.cells.append("")
+    if tag == "th":
+      self.headings.append("")
     if tag not in ("img", "meta"):
       self.open.append(tag)
 
@@ -209,6 +190,8 @@ class _Page(html.parser.HTMLParser):
 
   def handle_data(self, data):
     self.text += data
+    if "th" in self.open:
+      self.headings[-1] += data
     if "td" in self.open:
       self.cells[-1] += data
       if "b" in self.open:
@@ -217,7 +200,8 @@ class _Page(html.parser.HTMLParser):
 
 def _write(folder, **changes):
   given = dict(
-      title="Digits <b>&", rows=ROWS, minutes={"teacher": 1.25},
+      title="Digits <b>&", rows=ROWS, settings={"h": 0.5, "net <&": {"seed": np.int64(3)}}, notes=["few <samples>"],
+      minutes={"teacher": 1.25},
       reference={"real <vs> held-out": 0.5, "none": float("inf")},
       pictures={'Samples <i>&"': figures.comparison([("a", np.zeros((2, 8, 8, 1)))]), "Second": b"not looked into"},
       checks=[("near <the> teacher", np.float64(1.5), "<= 2", np.bool_(True)), ("no figure", float("nan"), 3, False)])
@@ -232,6 +216,8 @@ def test_report_json_round_trips(tmp_path):
   assert not constants  # NaN and Infinity are no JSON
   assert data == {
       "rows": [ROWS[0], ROWS[1] | {"frechet": None}, ROWS[2] | {"frechet": 2.25, "calls": 1}],
+      "settings": {"h": 0.5, "net <&": {"seed": 3}},
+      "notes": ["few <samples>"],
       "minutes": {"teacher": 1.25},
       "reference": {"real <vs> held-out": 0.5, "none": None},
       "checks": [{"text": "near <the> teacher", "value": 1.5, "bound": "<= 2", "passed": True},
@@ -249,14 +235,29 @@ def test_report_html_holds_everything(tmp_path):
     assert base64.b64decode(page.images[caption].removeprefix("data:image/png;base64,")) == png
   assert all(a.startswith("data:") for a in page.addresses)  # self-contained
   assert page.cells[:30] == [
-      "teacher", "128", "1.500", "–", "0.875", "0.750", "0.938", "0.625", "–", "2.5",
-      "teacher", "1", "–", "0.250", "0.875", "0.750", "0.938", "0.625", "0.125", "2.5",
-      "student", "1", "2.250", "0.250", "0.875", "0.750", "0.938", "0.625", "0.125", "2.5"]
-  assert page.cells[30:] == ["real <vs> held-out", "0.5", "none", "–", "teacher", "1.2"]
-  for text in (given["title"], "near <the> teacher",
+      "teacher", "128", "1.50", "–", "0.875", "0.750", "0.938", "0.625", "–", "2.50",
+      "teacher", "1", "–", "0.250", "0.875", "0.750", "0.938", "0.625", "0.125", "2.50",
+      "student", "1", "2.25", "0.250", "0.875", "0.750", "0.938", "0.625", "0.125", "2.50"]
+  assert page.cells[30:] == ["real <vs> held-out", "0.5", "none", "–", "h", "0.5", "net <&.seed", "3", "teacher", "1.2"]
+  assert [heading for heading in page.headings if heading] == [
+      "model", "calls", "Fréchet ↓", "Fréchet to teacher ↓", "precision ↑", "recall ↑", "accuracy ↑", "diversity",
+      "endpoint error ↓", "s / 1000"]
+  for text in (given["title"], "near <the> teacher", "few <samples>",
                "measured 1.5, bound <= 2", "measured –, bound 3", "1 of 2 failed"):
     assert text in page.text
   assert page.text.count("✓") == page.text.count("✗") == 1
+
+
+def test_a_metric_that_no_row_has_gets_no_column(tmp_path):
+  rows = [_row(model, 1, frechet=None, frechet_to_teacher=None) for model in ("student", "model")]
+  page = _Page(_write(tmp_path, rows=rows)[1].read_text())
+  assert page.headings == [
+      "model", "calls", "precision ↑", "recall ↑", "accuracy ↑", "diversity", "endpoint error ↓", "s / 1000"]
+  assert page.cells[:8] == ["student", "1", "0.875", "0.750", "0.938", "0.625", "0.125", "2.50"]
+  # Small figures get more decimals, all of a column alike.
+  small = [_row("model", n, endpoint_error=value) for n, value in ((1, 0.002), (2, 0.5))]
+  cells = np.reshape(_Page(_write(tmp_path, rows=small)[1].read_text()).cells[:20], (2, 10))
+  assert cells[:, 8].tolist() == ["0.0020", "0.5000"]
 
 
 def test_a_write_that_fails_leaves_the_last_report(tmp_path):
@@ -318,21 +319,21 @@ def test_comparison_json_adds_means(tmp_path):
 def test_comparison_table_groups_rows_and_marks_the_best(tmp_path):
   _, path = _write_comparison(tmp_path)
   page = _Page(path.read_text())
-  table = np.reshape(page.cells[:6 * 14], (6, 14)).tolist()
+  table = np.reshape(page.cells[:6 * 16], (6, 16)).tolist()
   dash = ["–"]
   assert table == [
-      ["teacher", "1", "1", "–", "–", "40.00"] + 4 * dash + ["0.750"] + 3 * dash,
-      ["teacher", "128", "1", "–", "–", "1.00"] + 3 * dash + ["1.000", "0.375", "0.000", "–", "40.00"],
-      ["dx", "1", "1", "4.5", "100", "9.00"] + 5 * dash + ["0.250"] + 2 * dash,
-      ["gm <i>&", "2", "3", "5", "100", "2.00 ± 0.50"] + 3 * dash
+      ["teacher", "1", "1", "–", "–", "40.00"] + 6 * dash + ["0.750"] + 3 * dash,
+      ["teacher", "128", "1", "–", "–", "1.00"] + 5 * dash + ["1.000", "0.375", "0.000", "–", "40.00"],
+      ["dx", "1", "1", "4.5", "100", "9.00"] + 7 * dash + ["0.250"] + 2 * dash,
+      ["gm <i>&", "2", "3", "5", "100", "2.00 ± 0.50"] + 5 * dash
       + ["0.500 ± 0.000", "0.750 ± 0.000", "–", "1.00 ± 0.00", "2.00 ± 1.00"],
-      ["dx", "2", "3", "5", "100", "3.00 ± 1.00"] + 3 * dash
+      ["dx", "2", "3", "5", "100", "3.00 ± 1.00"] + 5 * dash
       + ["0.750 ± 0.250", "0.250 ± 0.000", "–", "1.00 ± 0.00", "3.00 ± 1.00"],
-      ["lost", "2", "3", "–", "–", "1.00 (1 of 3)"] + 3 * dash
+      ["lost", "2", "3", "–", "–", "1.00 (1 of 3)"] + 5 * dash
       + ["–", "0.400 ± 0.000", "–", "2.00 ± 0.00", "9.00 ± 0.00"],
   ]
   # Not the teacher, not the mean of the seeds that were left, not the faster by a thousandth.
-  assert [divmod(i, 14) for i in page.bold] == [(2, 5), (2, 11), (3, 5), (3, 13), (4, 9), (5, 10)]
+  assert [divmod(i, 16) for i in page.bold] == [(2, 5), (2, 13), (3, 5), (3, 15), (4, 11), (5, 12)]
   order = [page.text.index(heading) for heading in ("1 call", "2 calls")]
   assert order == sorted(order)
   assert path.read_text().count('<tr class="teacher">') == 2
@@ -341,12 +342,12 @@ def test_comparison_table_groups_rows_and_marks_the_best(tmp_path):
 def test_comparison_without_a_teacher_knows_no_best_diversity(tmp_path):
   _, path = _write_comparison(tmp_path, rows=COMPARED[:2], settings={}, notes=[], pictures={})
   page = _Page(path.read_text())
-  assert [divmod(i, 14) for i in page.bold] == [(0, 5), (0, 13), (1, 9)]
+  assert [divmod(i, 16) for i in page.bold] == [(0, 5), (0, 15), (1, 11)]
   # Two that are alike are both best, but neither is fastest; small figures get more decimals.
   alike = [_method(name, 1, pixel_frechet=[0.004], seconds_per_1000=[0.25]) for name in ("a", "b")]
   page = _Page(_write_comparison(tmp_path, rows=alike)[1].read_text())
-  assert [divmod(i, 14) for i in page.bold] == [(0, 7), (1, 7)]
-  assert [page.cells[i] for i in (7, 13)] == ["0.0040", "0.250"]
+  assert [divmod(i, 16) for i in page.bold] == [(0, 7), (1, 7)]
+  assert [page.cells[i] for i in (7, 15)] == ["0.0040", "0.250"]
 
 
 def test_comparison_html_escapes_and_needs_no_other_file(tmp_path):
@@ -354,7 +355,7 @@ def test_comparison_html_escapes_and_needs_no_other_file(tmp_path):
   page = _Page(path.read_text())
   assert base64.b64decode(page.images['Calls <i>&"'].removeprefix("data:image/png;base64,")) == b"not looked into"
   assert all(a.startswith("data:") for a in page.addresses)
-  assert page.cells[6 * 14:] == ["samples", "20", "net <&.width", "64", "net <&.sizes", "1, 2"]
+  assert page.cells[6 * 16:] == ["samples", "20", "net <&.width", "64", "net <&.sizes", "1, 2"]
   for text in (given["title"], given["notes"][0], "gm <i>&", "What the columns say"):
     assert text in page.text
   assert "<i>" not in path.read_text() and "prefers-color-scheme:dark" in path.read_text()

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from piflow_jax.models import autoencoder
 
@@ -32,3 +33,14 @@ def test_norms_keep_what_lies_on_a_large_mean():
   assert np.abs(added(x)).max() > 0.5
   # The first norm takes the offset out again.
   np.testing.assert_allclose(added(x + 1000), added(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(channels=0), "channels: 0 must be"), (dict(widths=()), r"widths: \(\) must be"),
+    (dict(widths=(8, -1), groups=4), "widths: -1 must be"),
+    (dict(widths=(8,), groups=3), "groups: 3 does not divide width 8"),
+    (dict(layers_per_block=10**9), "layers_per_block: 1000000000 must be"),
+    (dict(quant_conv="no"), "quant_conv: 'no' must be true or false")])
+def test_fields_that_cannot_be_name_themselves(fields, words):
+  with pytest.raises(ValueError, match=f"^{words}"):
+    autoencoder.Autoencoder(**fields)

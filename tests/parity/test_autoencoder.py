@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save_file
 
 from piflow_jax import errors
-from piflow_jax import latents
 from piflow_jax import params as params_lib
+from piflow_jax import weights as weights_lib
 from piflow_jax.convert import autoencoder as names
 from piflow_jax.convert import run
 from piflow_jax.convert import table
@@ -41,7 +41,7 @@ def _theirs(widths=(32, 64), **fields):
 def _converted(folder, tmp_path):
   """(our model, its weights, scales) of a folder, through the converter."""
   run.from_torch(folder, tmp_path / "run")
-  return latents.load(tmp_path / "run", jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+  return weights_lib.load_autoencoder(tmp_path / "run", jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
 def _close(got, want, rtol):
@@ -109,8 +109,12 @@ def test_parts_to_a_layers_tolerance():
 
   def part(module, prefix):
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x))["params"]
-    params = params_lib.map_with_path(lambda path, leaf: rows[f"{prefix}/{path}"].transform.here(
-        state[rows[f"{prefix}/{path}"].there[0]], leaf.shape), shapes)
+
+    def read(path, leaf):
+      row = rows[f"{prefix}/{path}"]
+      return row.transform.here(state[row.there[0]], leaf.shape)
+
+    params = params_lib.map_with_path(read, shapes)
     return module.apply({"params": params}, x)
 
   middle = model.decoder.mid_block
@@ -144,7 +148,7 @@ def test_every_tensor_of_the_published_models_has_its_place(fields):
     model = diffusers.AutoencoderKL(
         block_out_channels=widths, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         layers_per_block=2, norm_num_groups=32, **fields)
-  settings, _ = autoencoder.settings_of(dict(model.config))
+  settings, _ = names.settings_of(dict(model.config))
   net = autoencoder.Autoencoder(**settings)
   shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3))))["params"]
   entries = table.entries(names.rows(settings), {k: v.shape for k, v in params_lib.named_leaves(shapes).items()}, "SD")

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from piflow_jax import build
 from piflow_jax import params as params_lib
+from piflow_jax.convert import dit
 from piflow_jax.convert import run
 from piflow_jax.convert import table
-from tests.convert.test_dit import _config, _shapes, _weights
+from piflow_jax.convert import trees
+from tests.convert import making
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -38,17 +39,17 @@ def _compare(config, model, params, atol):
   with torch.no_grad():
     want = model(torch.tensor(x.transpose(0, 3, 1, 2)), timestep=torch.tensor(t * config.network.time_scale),
                  class_labels=torch.tensor(labels)).sample.numpy().transpose(0, 2, 3, 1)
-  got = np.asarray(jax.jit(build.teacher(config))(params, x, t, labels))
+  got = np.asarray(jax.jit(making.velocity(config))(params, x, t, labels))
   assert np.abs(want).max() > 0.5
   np.testing.assert_allclose(got, want, atol=atol * np.abs(want).max())
 
 
 def test_diffusers_model_is_ours_and_ours_is_theirs(tmp_path):
-  config = _config("teacher", frequency_shift=1, time_scale=1000.0)
+  config = making.config("teacher", frequency_shift=1, time_scale=1000.0)
   model = _theirs(config)
   model.save_pretrained(tmp_path / "theirs")
   run.from_torch(tmp_path / "theirs", tmp_path / "run", config)
-  params = _weights(config, tmp_path / "run")
+  params = making.weights(config, tmp_path / "run")
   # Time features of 1000 t are float32's rounding of angles up to 1000.
   _compare(config, model, params, 1e-4)
   run.to_torch(tmp_path / "run", tmp_path / "ours", config, naming="diffusers")
@@ -60,11 +61,11 @@ def test_diffusers_model_is_ours_and_ours_is_theirs(tmp_path):
 
 def test_a_layer_at_the_width_of_xl():
   """One block, 1152 wide: the same to 1e-5 of the largest entry."""
-  config = _config("teacher", depth=1, width=1152, heads=16, frequency_shift=1)
+  config = making.config("teacher", depth=1, width=1152, heads=16, frequency_shift=1)
   model = _theirs(config)
-  entries = table.entries(run.dit.NAMINGS["diffusers"].rows(1, 2),
-                          {k: v.shape for k, v in params_lib.named_leaves(_shapes(config)).items()}, "diffusers")
+  weights, _ = trees.weights_of(config)
+  entries = table.entries(dit.NAMINGS["diffusers"].rows(weights), weights.shapes, "diffusers")
   state = {name: w.numpy() for name, w in model.state_dict().items()}
   leaves = {e.path: e.to_here(state.__getitem__)[(None,) * (e.layer is not None)] for e in entries}
-  params = params_lib.map_with_path(lambda name, _: jnp.asarray(leaves[name]), _shapes(config))
+  params = params_lib.map_with_path(lambda name, _: jnp.asarray(leaves[name]), making.shapes(config))
   _compare(config, model, params, 1e-5)

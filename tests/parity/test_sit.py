@@ -1,4 +1,4 @@
-"""DiT, SiT and REPA by their names: against a small network of their definition, written here for itself (float32, 1e-4)."""
+"""DiT, SiT and REPA by their names, against a small network of their definition, written here again (float32, 1e-4)."""
 
 import math
 
@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from piflow_jax import build
 from piflow_jax.convert import run
-from tests.convert.test_dit import FIELDS, _config, _weights
+from tests.convert import making
+from tests.convert.making import FIELDS
 
 torch = pytest.importorskip("torch")
 nn, F = torch.nn, torch.nn.functional
@@ -85,10 +85,10 @@ class _SiT(nn.Module):
     ("sit", -1.0, {"learn_sigma": True}, "SiT as first released"), ("sit", -1.0, {}, "SiT as first released"),
     ("repa", 1.0, {"projectors": 2}, "REPA"), ("repa", 1.0, {}, "REPA")])
 def test_the_same_velocity_by_every_name(naming, time_scale, more, says, tmp_path, capsys):
-  config = _config("teacher", **FIELDS[naming] | {"time_scale": time_scale})
+  config = making.config("teacher", **FIELDS[naming] | {"time_scale": time_scale})
   n, (side, _, channels), classes = config.network, config.data.shape, config.data.num_classes
-  theirs = _SiT(side=side, patch=n.patch, channels=channels, width=n.width, depth=n.depth, heads=n.heads, classes=classes,
-                **more)
+  theirs = _SiT(side=side, patch=n.patch, channels=channels, width=n.width, depth=n.depth, heads=n.heads,
+                classes=classes, **more)
   torch.save({"model": {}, "ema": theirs.state_dict(), "steps": 3}, tmp_path / "0000003.pt")
   run.from_torch(tmp_path / "0000003.pt", tmp_path / "run", config, naming=None if "projectors" in more else naming)
   assert says in capsys.readouterr().out
@@ -100,7 +100,7 @@ def test_the_same_velocity_by_every_name(naming, time_scale, more, says, tmp_pat
   with torch.no_grad():
     v = theirs(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(time), torch.tensor(labels))
   want = sign * v.numpy().transpose(0, 2, 3, 1)
-  got = np.asarray(jax.jit(build.teacher(config))(_weights(config, tmp_path / "run"), x, t, labels))
+  got = np.asarray(jax.jit(making.velocity(config))(making.weights(config, tmp_path / "run"), x, t, labels))
   assert np.abs(want).max() > 0.5
   np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
   print(f"{naming} {more}: largest difference {np.abs(got - want).max() / np.abs(want).max():.1e} of the largest entry")

@@ -1,5 +1,7 @@
 """The tiled rollout against a plain loop over `velocity`, on one device and on a mesh."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,16 +22,20 @@ def _case(b, h, w, c, k, seed=0):
   return mixture, x, tau, tau * jax.random.uniform(key[5], (b,), minval=-0.1)
 
 
+def _clock(substeps):
+  return flow.Clock.of_shift(1.0).replace(total_substeps=substeps)
+
+
 def _plain(mixture, x, tau, tau_dst, substeps):
   """Sample by sample, substep by substep."""
   ends = []
   for i in range(len(x)):
     one = slice(i, i + 1)
-    policy = gmm.to_policy(jax.tree.map(lambda a: a[one], mixture), x[one], tau[one])
+    policy = gmm.to_policy(jax.tree.map(operator.itemgetter(one), mixture), x[one], tau[one])
     n = max(round(float((tau[i] - tau_dst[i]) * substeps)), 1)
     y, size = x[one], (tau[one] - tau_dst[one]) / n
     for j in range(n):
-      t, t_next = (flow.warp(jnp.maximum(tau[one] - m * size, 0), 1.0) for m in (j, j + 1))
+      t, t_next = (jnp.maximum(tau[one] - m * size, 0) for m in (j, j + 1))  # at shift 1
       y = y + flow.broadcast_to(t_next - t, y) * policy.velocity(y, t)
     ends.append(y)
   return jnp.concatenate(ends)
@@ -40,7 +46,7 @@ def _plain(mixture, x, tau, tau_dst, substeps):
 def test_tiles_change_nothing_but_rounding(x64, shape):
   mixture, x, tau, tau_dst = _case(*shape)
   policy = gmm.to_policy(mixture, x, tau)
-  got = jax.jit(lambda x: lib.rollout(policy, x, tau, tau_dst, total_substeps=16))(x)
+  got = jax.jit(lambda x: lib.rollout(policy, x, tau, tau_dst, _clock(16)))(x)
   some = slice(0, 3)
   part = jax.tree.map(lambda a: a[some], (mixture, x, tau, tau_dst))
   np.testing.assert_allclose(got[some], _plain(*part, 16), rtol=1e-11, atol=1e-11)
@@ -50,14 +56,14 @@ def test_tiles_change_nothing_but_rounding(x64, shape):
 def test_gradients_go_through_the_tiles(x64):
   mixture, x, tau, tau_dst = _case(2, 4, 4, 2, 3)
   loss = lambda run: lambda m: jnp.sum(jnp.sin(run(m)))
-  fast = jax.grad(loss(lambda m: lib.rollout(gmm.to_policy(m, x, tau), x, tau, tau_dst, total_substeps=8)))(mixture)
+  fast = jax.grad(loss(lambda m: lib.rollout(gmm.to_policy(m, x, tau), x, tau, tau_dst, _clock(8))))(mixture)
   plain = jax.grad(loss(lambda m: _plain(m, x, tau, tau_dst, 8)))(mixture)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), fast, plain)
 
 
 def test_a_batch_spread_over_devices_is_rolled_out_where_it_lies():
   mixture, x, tau, tau_dst = _case(16, 8, 8, 4, 8)
-  run = lambda mixture, x: lib.rollout(gmm.to_policy(mixture, x, tau), x, tau, tau_dst, total_substeps=16)
+  run = lambda mixture, x: lib.rollout(gmm.to_policy(mixture, x, tau), x, tau, tau_dst, _clock(16))
   want = jax.jit(run)(mixture, x)
   placed = jax.device_put((mixture, x), jax.NamedSharding(sharding.make_mesh(2, 4), sharding.BATCH))
   compiled = jax.jit(run).lower(*placed).compile()
@@ -76,7 +82,7 @@ def test_sharp_mixtures_stay_finite(logstd):
 
   @jax.jit
   def end(mixture, tau_src, tau_dst):
-    return lib.rollout(gmm.to_policy(mixture, x, jnp.ones(256)), x, tau_src, tau_dst, total_substeps=32)
+    return lib.rollout(gmm.to_policy(mixture, x, jnp.ones(256)), x, tau_src, tau_dst, _clock(32))
 
   for share in (1.0, 0.7):
     assert np.isfinite(end(mixture, jnp.full(256, share), share * tau_dst - 0.5)).all()

@@ -1,11 +1,11 @@
-"""A GM policy with K = N C components follows any trajectory of N steps (pi-Flow, arXiv 2510.14974, theorem on GM policies).
+"""A GM policy with K = N C components follows any trajectory of N steps (pi-Flow, arXiv 2510.14974, theorem on it).
 
 Why: let the components have no width. At step n the posterior mean is m_n if sum_k w_k L_n(mu_k) (mu_k - m_n) = 0, with
-L_n(mu) = exp(mu . nu_n - zeta_n |mu|^2 / 2): N C equations that are linear in the weights. Zero lies in the convex hull of
-the vectors V(mu) = (L_n(mu) (mu - m_n))_n: were there a c with c . V(mu) > 0 everywhere, then far out the term of the least
-zeta_n with c_n != 0 would rule, and its sign turns with mu's. By Caratheodory some N C + 1 of them hold zero; as the V(mu)
-are a connected set, N C do (Fenchel and Bunt). Built here as the proof goes: a vertex of the linear program over a net of
-means, then means and weights moved until one component is gone.
+L_n(mu) = exp(mu . nu_n - zeta_n |mu|^2 / 2): N C equations that are linear in the weights. Zero lies in the convex hull
+of the vectors V(mu) = (L_n(mu) (mu - m_n))_n: were there a c with c . V(mu) > 0 everywhere, then far out the term of
+the least zeta_n with c_n != 0 would rule, and its sign turns with mu's. By Caratheodory some N C + 1 of them hold zero;
+as the V(mu) are a connected set, N C do (Fenchel and Bunt). Built as the proof goes: a vertex of the linear program
+over a net of means, then means and weights moved until one component is gone.
 """
 
 import jax
@@ -15,6 +15,7 @@ import pytest
 from scipy import optimize
 from scipy import special
 
+from piflow_jax import flow
 from piflow_jax import teacher
 from piflow_jax.policy import gmm
 from piflow_jax.policy import rollout
@@ -50,7 +51,8 @@ def _build(points, t, estimates):
   axis = np.linspace(-4, 4, 41 if channels == 2 else 401)
   net = np.stack(np.meshgrid(*[axis] * channels, indexing="ij"), -1).reshape(-1, channels)
   log_l, away = _conditions(net, points, t, estimates)
-  rows = (np.exp(log_l - log_l.max(1, keepdims=True))[:, :, None] * away).transpose(0, 2, 1).reshape(steps * channels, -1)
+  rows = np.exp(log_l - log_l.max(1, keepdims=True))[:, :, None] * away
+  rows = rows.transpose(0, 2, 1).reshape(steps * channels, -1)
   rows /= np.abs(rows).max(1, keepdims=True)
   vertex = optimize.linprog(
       np.zeros(len(net)), A_eq=np.vstack([rows, np.ones(len(net))]), b_eq=np.append(np.zeros(len(rows)), 1.0),
@@ -76,9 +78,9 @@ def test_as_many_components_as_steps_times_channels_follow_any_trajectory(x64, s
   policy = gmm.GMPolicy(
       jnp.asarray(means.T)[None, :, :, None], jnp.asarray(logweights)[None, :, None], jnp.array([1e-14]),
       jnp.asarray(points[0])[None, :, None], jnp.ones(1), EPS)
-  x = jnp.asarray(points[0]).reshape(1, 1, 1, channels)
+  x, clock = jnp.asarray(points[0]).reshape(1, 1, 1, channels), flow.Clock(1.0, steps, 1, 1.0)
   for n in range(1, steps + 1):
-    got = rollout.rollout(policy, x, jnp.ones(1), jnp.array([t[n]]), total_substeps=steps)
+    got = rollout.rollout(policy, x, jnp.ones(1), jnp.array([t[n]]), clock)
     np.testing.assert_allclose(np.ravel(got), points[n], atol=1e-6)
 
 
@@ -87,10 +89,12 @@ def test_one_component_cannot(x64):
   points, t, estimates = _trajectory(0, 6, 2)
 
   def end(free):
-    policy = gmm.GMPolicy(jnp.asarray(free[:2]).reshape(1, 2, 1, 1), jnp.zeros((1, 1, 1)), jnp.exp(jnp.asarray(free[2:])),
-                          jnp.asarray(points[0])[None, :, None], jnp.ones(1), EPS)
+    means, var = jnp.asarray(free[:2]).reshape(1, 2, 1, 1), jnp.exp(jnp.asarray(free[2:]))
+    policy = gmm.GMPolicy(
+        means, jnp.zeros((1, 1, 1)), var, jnp.asarray(points[0])[None, :, None], jnp.ones(1), EPS)
     x = jnp.asarray(points[0]).reshape(1, 1, 1, 2)
-    ends = [rollout.rollout(policy, x, jnp.ones(1), jnp.array([s]), total_substeps=6).ravel() for s in t[1:]]
+    clock = flow.Clock(1.0, 6, 1, 1.0)
+    ends = [rollout.rollout(policy, x, jnp.ones(1), jnp.array([s]), clock).ravel() for s in t[1:]]
     return jnp.concatenate(ends) - points[1:].ravel()
 
   best = optimize.least_squares(jax.jit(end), np.array([*estimates[-1], 0.0]), jac=jax.jit(jax.jacobian(end)))

@@ -1,0 +1,337 @@
+"""Models measured batch by batch: the same noises through all of them, and statistics kept instead of samples.
+
+Every process takes in the samples that lie on its own devices; `Tally.gather` puts the parts together at the end.
+"""
+
+import math
+import pickle
+import time
+from typing import NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from piflow_jax import build
+from piflow_jax import config as config_lib
+from piflow_jax import errors
+from piflow_jax import images
+from piflow_jax import sharding
+from piflow_jax.data import spec as spec_lib
+from piflow_jax.evaluation import draws
+from piflow_jax.evaluation import extract
+from piflow_jax.evaluation import metrics
+from piflow_jax.evaluation import statistics
+
+NEAREST = 3  # the neighbour that sets the radius of a ball in precision and recall
+_MOST_PIXELS = 1024  # values of a sample: the distance between covariances of 4,096 takes minutes
+_MOST_RECORDS = 50_000  # real ones that are looked at
+_MOST_FEATURES = 10_000  # rows kept for precision and recall, which take each against each
+_MOST_KEPT = 2**25  # values of samples kept for the distances within a class
+_SHOWN = 20  # samples in a picture, at most
+
+
+class Batch(NamedTuple):
+  """Samples to be drawn together."""
+
+  placed: dict  # {"noise" [B, ...], "cond": tree, "index" [B]}, split over the mesh; the last batch is filled up
+  own: np.ndarray  # rows that this process takes in
+  index: np.ndarray  # numbers of these samples
+  labels: np.ndarray  # of these
+
+
+class Tally:
+  """What is kept of one model's samples, or of real ones.
+
+  Attributes:
+    count: samples.
+    finite: whether all of them are numbers; what comes after one that is none is not taken in.
+    features, pixels: Statistics.
+    correct: samples that are classified as they are labelled.
+    errors: {label: squared errors}, see `metrics.squared_errors`.
+    spread: metrics.Spread.
+    shown: {number of a sample: sample} of the first ones.
+    seconds: for 1000 samples; None of real ones.
+  """
+
+  def __init__(self):
+    # As many from each process: those that lie on the first few devices alone could be of some classes only.
+    parts = jax.process_count()
+    self.count, self.finite, self.correct, self.seconds = 0, True, 0, None
+    self.features, self.pixels = statistics.Statistics(keep=-(-_MOST_FEATURES // parts)), statistics.Statistics()
+    self.errors, self.spread, self.shown = {}, metrics.Spread(), {}
+    self._room, self._kept = _MOST_KEPT // parts, []
+
+  def keep(self, samples, labels):
+    """Keep samples [n, ...] of labels [n] for the distances within a class, as far as there is room."""
+    rows = min(len(samples), self._room // max(math.prod(samples.shape[1:]), 1))
+    self._room -= rows * math.prod(samples.shape[1:])
+    self._kept.append((samples[:rows].copy(), np.array(labels[:rows])))
+
+  def add_errors(self, samples, reference, labels):
+    """Take in squared errors of samples [n, ...] against the reference's of the same noises."""
+    self._sum_errors(metrics.squared_errors(samples, reference, labels))
+
+  def _sum_errors(self, found):
+    for label, error in found.items():
+      self.errors[label] = self.errors.get(label, 0.0) + error
+
+  def diversity(self):
+    """`metrics.class_diversity` of the samples kept; None where no two are of one class."""
+    samples, labels = (np.concatenate(parts) for parts in zip(*self._kept))
+    if len(labels) < 2 or np.unique(labels, return_counts=True)[1].max() < 2:
+      return None
+    return metrics.class_diversity(samples, labels)
+
+  def gather(self):
+    """This tally with all that other processes took in; a call for all of them."""
+    for other in _from_all(self)[1:]:
+      self._merge(other)
+    return self
+
+  def _merge(self, other):
+    self.count, self.finite = self.count + other.count, self.finite and other.finite
+    self.correct += other.correct
+    self.features.merge(other.features)
+    self.pixels.merge(other.pixels)
+    self.spread.merge(other.spread)
+    self._sum_errors(other.errors)
+    self.shown |= other.shown
+    self._kept += other._kept
+
+
+def _from_all(value):
+  """[each process's value], the first process's first, on all of them."""
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(pickle.dumps(value), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array([len(data)])).ravel()
+  padded = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - len(data))))
+  return [pickle.loads(row[:size].tobytes()) for row, size in zip(padded, sizes)]
+
+
+class Bench:
+  """What models of one data set are held against.
+
+  Attributes:
+    data: data.spec.Data.
+    features: extract.Features, or None.
+    have: what there is of `metrics.Metric.needs`.
+    classes: labels that samples are drawn by, where these are all that conditions; else 0.
+    samples, seed: of config.evaluation.
+    held_out, train: Tally of real ones.
+  """
+
+  def __init__(self, config, run, mesh):
+    """Reads the data and makes the features. Raises errors.UserError before anything is drawn."""
+    c = config.evaluation
+    self.data, self.samples, self.seed, self._mesh = run.data, c.samples, c.seed, mesh
+    self.classes = spec_lib.num_classes(self.data.spec)
+    self._shape = tuple(self.data.spec.x_0)
+    parts = sharding.sample_parts(mesh)
+    self._size = -(-min(c.batch_size, c.samples) // parts) * parts
+    check_samples(c.samples, self.data.spec)
+    self._records = spec_lib.checked_records(self.data, "held_out")
+    if c.features is not None and len(self._records) <= NEAREST:
+      raise errors.UserError(f"config.data: held_out: {len(self._records)} records; features are compared with those "
+                             f"of {NEAREST + 1} or more")
+    self.features = None
+    if c.features is not None:
+      with build.field("evaluation.features"):
+        self.features = c.features.make(self.data, **config_lib.fields_of(c.features))
+    known = {"teacher": True, "clock": True, "features": self.features is not None,
+             "labels": bool(self.classes) and self.features is not None and self.features.predict is not None,
+             "pixels": math.prod(self._shape) <= _MOST_PIXELS}
+    self.have = {need for need, met in known.items() if met}
+    self.shown = _number_shown(self._shape, self.classes, self.samples)
+    self.held_out, self.train = (self._real(split) for split in ("held_out", "train"))
+
+  def batches(self, seed, stream=draws.NOISE):
+    """Batches of all samples of a seed, each Batch the same size."""
+    noises, mine = draws.Noises(seed, stream, self.samples, self._shape), _own_rows(self._mesh, self._size)
+    held = sharding.rows(self._mesh, self._size)
+    for start in range(0, self.samples, self._size):
+      index = np.arange(start, min(start + self._size, self.samples), dtype=np.int32)
+      rows = {"noise": noises.rows(start, start + len(index)), "cond": self.conditions(index), "index": index}
+      filled = jax.tree.map(self._filled, rows)
+      placed = sharding.place_batch(jax.tree.map(lambda x: x[held], filled), self._mesh, self._size)
+      own = mine[mine < len(index)]
+      yield Batch(placed, own, index[own], self.labels(index[own]))
+
+  def _filled(self, x):
+    return np.resize(x, (self._size, *x.shape[1:]))
+
+  def conditions(self, index):
+    """cond tree of samples by number: classes in turn, or where a label is not all, those of held-out records."""
+    spec = self.data.spec
+    if self.classes:
+      return {name: (index % self.classes).astype(array.dtype) for name, array in spec.cond.items()}
+    found = [self._records[int(i)]["cond"] for i in index % len(self._records)] if spec.cond else []
+    return {name: np.stack([cond[name] for cond in found]).astype(array.dtype) for name, array in spec.cond.items()}
+
+  def labels(self, index):
+    """[n] classes of samples by number; where a label is not all that conditions, all are of one class."""
+    return index % max(self.classes, 1)
+
+  def measure(self, models, seed, bar, stream=draws.NOISE):
+    """The Tally of each draws.Model over all samples of a seed; squared errors are against the first one's samples."""
+    tallies, seconds, batches = [Tally() for _ in models], np.zeros(len(models)), 0
+    for batch in self.batches(seed, stream):
+      reference = None
+      for i, (model, tally) in enumerate(zip(models, tallies)):
+        if not batches:
+          jax.block_until_ready(model.draw(batch.placed, seed))  # compiles
+        began = time.perf_counter()
+        x_0 = jax.block_until_ready(model.draw(batch.placed, seed))
+        seconds[i] += time.perf_counter() - began
+        samples = _rows_of(x_0, batch.own)
+        reference = samples if reference is None else reference
+        self._take(tally, samples, reference, batch, is_reference=i == 0)
+        bar.update(min(self._size, self.samples - batches * self._size))
+      batches += 1
+    for tally, spent in zip(tallies, seconds):
+      tally.gather().seconds = float(spent * 1000 / (batches * self._size))
+    return tallies
+
+  def _take(self, tally, samples, reference, batch, is_reference):
+    if not len(samples):  # a last batch that is filled up may leave a process without any
+      return
+    tally.count += len(samples)
+    tally.finite &= bool(np.isfinite(samples).all())
+    if not tally.finite:
+      return
+    self._take_statistics(tally, samples, batch.labels)
+    tally.keep(samples, batch.labels)
+    if images.shows(self._shape):
+      tally.shown |= {int(i): x for i, x in zip(batch.index, samples) if i < self.shown}
+    if np.isfinite(reference).all():
+      tally.add_errors(samples, reference, batch.labels)
+    if is_reference:
+      tally.spread.update(samples, batch.labels)
+
+  def _take_statistics(self, tally, samples, labels):
+    if "features" in self.have:
+      tally.features.update(self.features.extract(samples))
+    if "labels" in self.have:
+      tally.correct += int(np.sum(self.features.predict(samples) == labels))
+    if "pixels" in self.have:
+      tally.pixels.update(samples.reshape(len(samples), -1))
+
+  def _real(self, split):
+    """The Tally of a split's records, at most _MOST_RECORDS of them."""
+    tally, records = Tally(), spec_lib.checked_records(self.data, split)
+    if not self.have & {"features", "pixels"}:
+      tally.count = min(len(records), _MOST_RECORDS)
+      return tally
+    count = min(len(records), _MOST_RECORDS)
+    for start in range(0, count, self._size):
+      block = range(start, min(start + self._size, count))
+      found = [records[i] for i in block[jax.process_index()::jax.process_count()]]
+      tally.count += len(found)
+      if found:
+        labels = extract.labels_of(self.data.spec, [record["cond"] for record in found])
+        self._take_statistics(tally, np.stack([record["x_0"] for record in found]), labels)
+    return tally.gather()
+
+  def values(self, tally, reference, fresh):
+    """{metric: value, None for what cannot be measured here} of a model.
+
+    Args:
+      tally: of the model.
+      reference: of the model that errors are against.
+      fresh: of the many-step teacher's samples of other noises.
+    """
+    found = dict.fromkeys(key for key, metric in metrics.METRICS.items() if "training" not in metric.needs)
+    found["seconds_per_1000"] = tally.seconds
+    if not tally.finite:
+      return found
+    found["diversity"] = tally.diversity()
+    if reference.finite and sum(reference.spread.unrelated().values()) > 0:
+      found["endpoint_error"] = metrics.relative_error(tally.errors, reference.spread)
+    for kind, need in (("", "features"), ("pixel_", "pixels")):
+      if need in self.have:
+        found[f"{kind}frechet"] = distance(kind, self.held_out, tally)
+        found[f"{kind}frechet_to_teacher"] = distance(kind, fresh, tally) if fresh.finite else None
+    if "features" in self.have:
+      found["precision"], found["recall"] = metrics.precision_recall(
+          self.held_out.features.rows, tally.features.rows, NEAREST)
+    if "labels" in self.have:
+      found["accuracy"] = tally.correct / tally.count
+    return found
+
+  def remarks(self):
+    """What a reader of the figures should know, a list of texts."""
+    found = []
+    if self.features is None:
+      found.append("config.evaluation.features is not set: nothing is compared with real data by features; set it in a "
+                   "config file, e.g. to piflow_jax.evaluation.features.auto_config().")
+      return found
+    width, least = len(self.held_out.features.mean), min(self.samples, self.held_out.count)
+    if least < 10 * width:
+      bias = statistics.frechet_bias(self.train.features, self.samples, self.held_out.count)
+      found.append(
+          f"{self.samples} samples and {self.held_out.count} held-out ones are few for {width} features: Fréchet "
+          f"distances are too large, by about {bias:.2g} where the distributions are alike. Compare them only with "
+          "distances of as many samples.")
+    return found
+
+
+def distance(kind, a, b):
+  """Fréchet distance of two tallies' features (kind "") or pixels ("pixel_"); None where one of them has too few."""
+  name = "pixels" if kind else "features"
+  a, b = getattr(a, name), getattr(b, name)
+  return statistics.frechet_distance(a, b) if min(a.count, b.count) > 1 else None
+
+
+def check_samples(samples, spec):
+  """Raises errors.UserError: too few samples for the metrics to mean anything."""
+  classes = spec_lib.num_classes(spec)
+  needed = {NEAREST + 1: f"one and its {NEAREST} nearest", 2 * classes: f"two of each of {classes} classes"}
+  for least, why in needed.items():
+    if samples < least:
+      raise errors.UserError(f"config.evaluation.samples: {samples} is less than {least}, {why}; give more")
+
+
+def _own_rows(mesh, n):
+  """Rows of a batch of n that this process takes in: of devices that hold the same, the first process's."""
+  owner = np.full(n, jax.process_count())
+  for device, (part,) in jax.NamedSharding(mesh, sharding.BATCH).devices_indices_map((n,)).items():
+    owner[part] = np.minimum(owner[part], device.process_index)
+  return np.flatnonzero(owner == jax.process_index())
+
+
+def _rows_of(x, rows):
+  """Rows, all of which are on this process's devices, of an array [n, ...] that is split over all devices."""
+  if x.is_fully_addressable:
+    return np.asarray(x, np.float32)[rows]
+  found = np.empty(x.shape, np.float32)
+  for shard in x.addressable_shards:
+    found[shard.index[0]] = shard.data
+  return found[rows]
+
+
+def _number_shown(shape, classes, samples):
+  side = shape[-2] * (shape[0] if len(shape) == 4 else 1) if len(shape) > 1 else 1
+  return min(2 * classes or _SHOWN, _SHOWN, samples, max(1600 // side, 4))
+
+
+def real_like(data, labels):
+  """A training record's x_0 for each label [n], another one each time that a label recurs; [n, *shape].
+
+  Where a label is not all that conditions: the first records.
+  """
+  records, wanted = data.records("train"), {}
+  if not spec_lib.num_classes(data.spec):
+    return np.stack([records[i % len(records)]["x_0"] for i in range(len(labels))])
+  for place, label in enumerate(labels):
+    wanted.setdefault(int(label), []).append(place)
+  found, last = [None] * len(labels), {}
+  for i in range(len(records)):
+    label = int(next(iter(records[i]["cond"].values())))
+    last.setdefault(label, records[i]["x_0"])
+    if wanted.get(label):
+      found[wanted[label].pop(0)] = records[i]["x_0"]
+    if not any(wanted.values()):
+      break
+  grey = np.zeros(data.spec.x_0, np.float32)
+  return np.stack([last.get(int(label), grey) if x is None else x for x, label in zip(found, labels)])
