@@ -37,12 +37,13 @@ from piflow_jax.policy import parallel
 ROLES = ("teacher", "student", "gm32", "dx", "dx-no-window", "parallel", "meanflow", "improved-meanflow",
          "meanflow-data")
 
-# Text, metric, row, row that it is divided by, bound: what a good distillation shows. See evaluation/checks.py.
+# Text, metric, row, row that it is divided by, bound: what a good distillation shows. See evaluation/checks.py. Other
+# seeds, machines and noises stay within the bounds: docs/results.md, "How far the figures move".
 CHECKS = (
     ("Frechet distance of the student over that of the teacher at 128 calls", "frechet", "student", "teacher@128",
-     "<=", 1.15),
+     "<=", 1.25),
     ("Frechet distance of the student over that of the teacher at 4 calls", "frechet", "student", "teacher@4",
-     "<=", 0.7),
+     "<=", 0.8),
     ("distance to the teacher's samples of the student over that of the teacher at 4 calls", "frechet_to_teacher",
      "student", "teacher@4", "<=", 1.0),
     ("accuracy of the student's conditioned class", "accuracy", "student", "", ">=", 0.94),
