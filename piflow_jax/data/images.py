@@ -201,7 +201,10 @@ def _open(path, labels):
 
 def _open_folder(place, labels):
   _, folders, files = next(iter(place.walk()))
-  folders = sorted(name for name in folders if not _hidden(name))
+  # From Python 3.12 on, Path.walk counts a link to a folder among the files.
+  links = {name for name in files if not _is_picture(name) and (place / name).is_dir()}
+  files = [name for name in files if name not in links]
+  folders = sorted(name for name in {*folders, *links} if not _hidden(name))
   within = {name: sorted(f"{name}/{file}" for file in _files(place / name)) for name in folders}
   loose = sorted(name for name in files if not _hidden(name))
   pictures = {name: [file for file in files if _is_picture(file)] for name, files in within.items()}
