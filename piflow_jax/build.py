@@ -223,19 +223,19 @@ def check(config):
   with field(""):
     for name in ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep_checkpoints",
                  "eval_batches", "sampling.nfe", "sampling.images", "evaluation.samples", "evaluation.batch_size"):
-      config_lib.whole(name, _get(config, name), most=2**30 - 1)
+      config_lib.whole(name, config_lib.field(config, name), most=2**30 - 1)
     for name in ("seed", "eval_every", "image_every", "keep_every", "profile_steps", "optimizer.warmup_steps",
                  "ema.start", "evaluation.seed"):
-      config_lib.whole(name, _get(config, name), least=0)
+      config_lib.whole(name, config_lib.field(config, name), least=0)
     for name in ("data", "fsdp", "tensor", "slices"):
       if config.mesh[name] != -1 or name == "slices":
         config_lib.whole(f"mesh.{name}", config.mesh[name])
     for name, bounds in _NUMBERS.items():
-      config_lib.number(name, _get(config, name), **bounds)
+      config_lib.number(name, config_lib.field(config, name), **bounds)
     for name, choices in _CHOICES.items():
-      config_lib.one_of(name, _get(config, name), choices)
+      config_lib.one_of(name, config_lib.field(config, name), choices)
     for name in ("trained", "optimizer.decayed"):
-      _check_patterns(name, _get(config, name))
+      _check_patterns(name, config_lib.field(config, name))
     if config.sampling.h != float("inf"):
       config_lib.number("sampling.h", config.sampling.h, least=0)
     if tuple(config.optimizer.decayed) != (".*",) and not config.optimizer.weight_decay:
@@ -252,12 +252,6 @@ _NUMBERS = {
 _CHOICES = {
     "optimizer.schedule": ("constant", "cosine"), "optimizer.moments": ("float32", "bfloat16", "int8"),
     "accumulator": ("float32", "bfloat16")}
-
-
-def _get(config, dotted):
-  for name in dotted.split("."):
-    config = config[name]
-  return config
 
 
 def _check_patterns(name, patterns):

@@ -137,6 +137,13 @@ def base():
   return c.lock()
 
 
+def field(config, dotted):
+  """The value of a field "a.b"."""
+  for name in dotted.split("."):
+    config = config[name]
+  return config
+
+
 def is_noun(value):
   """Whether a value of a config is a noun: fields with the function that takes them."""
   return isinstance(value, ConfigDict) and "make" in value

@@ -241,7 +241,7 @@ def _config_of(path, config, names):
       raise errors.UserError(f"--config: {file} with the argument {name},{number}: {e}") from e
     for dotted in names:
       if _has(found, dotted):
-        found.update_from_flattened_dict({dotted: _get(config, dotted)})
+        found.update_from_flattened_dict({dotted: config_lib.field(config, dotted)})
     return found
 
   return config_of
@@ -253,12 +253,6 @@ def _has(config, dotted):
       return False
     config = config[name]
   return True
-
-
-def _get(config, dotted):
-  for name in dotted.split("."):
-    config = config[name]
-  return config
 
 
 def _take_config(argv):

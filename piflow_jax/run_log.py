@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import json
 import time
 
@@ -12,6 +11,7 @@ import numpy as np
 import tensorboardX
 
 from piflow_jax import errors
+from piflow_jax import images
 
 
 def stopwatch(before, ticks=time.monotonic):
@@ -87,15 +87,11 @@ class RunLog:
 
   def image(self, step, name, pixels):
     """pixels [H, W, 3] uint8, to TensorBoard and to pictures/<name>_<step>.png."""
-    from PIL import Image
-
     self._events.add_image(name, np.asarray(pixels), step, dataformats="HWC")
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
     folder = self._path.parent / "pictures"
     with self._storing():
       folder.mkdir(exist_ok=True)
-      (folder / f"{name}_{step:07d}.png").write_bytes(buffer.getvalue())
+      (folder / f"{name}_{step:07d}.png").write_bytes(images.png(pixels))
 
   def flush(self):
     with self._storing():

@@ -33,7 +33,7 @@ ALLOWED = {
     "lock": set(),
     "checkpoint": {"checksums"},
     "weights": {"checkpoint", "checksums", "models.autoencoder", "params"},
-    "run_log": set(),
+    "run_log": {"images"},
     "workdir": {"config"},
     # a config made a run
     "build": {"adam8", "config", "data.spec", "distill.method", "flow", "models.layers", "models.network", "params",
