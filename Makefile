@@ -3,6 +3,7 @@
 PYTHON ?= $(shell for v in 3.11 3.12 3.13 3; do command -v python$$v; done 2>/dev/null | head -n 1)
 PY := .venv/bin/python
 RUNS ?= runs/digits
+FASHION ?= /usr/share/datasets/fashion-mnist
 ARGS ?=
 # A CPU as a mesh of its cores: most of what XLA does on a CPU runs on one core otherwise.
 DEVICES ?= $(shell $(PYTHON) -c 'import os; print(max(n for n in (1, 2, 4, 8) if n <= os.cpu_count()))')
@@ -13,7 +14,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # Two workers, each given whole files in the order of tests/conftest.py: the longest first.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder -q --durations=12
 
-.PHONY: demo compare analytic plan lint quick test test-plan test-torch durations chaos lock clean help
+.PHONY: demo compare fashion analytic plan lint quick test test-plan test-torch durations chaos lock clean help
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -56,6 +57,13 @@ compare: .venv/ready  ## every few-step method at the same compute, three seeds 
 	@$(CACHE) $(PY) -m piflow_jax.main --config=configs/digits.py:teacher --workdir=$(RUNS)/teacher
 	@$(CACHE) $(PY) -m piflow_jax.evaluation.compare --config=configs/digits.py --workdir=$(RUNS)/compare \
 		--config.teacher.checkpoint=$(RUNS)/teacher --config.steps=600 --config.image_every=0 $(ARGS)
+
+fashion: .venv/ready  ## a teacher and three methods on Fashion-MNIST (two hours on 2 cores; FASHION=FOLDER of its IDX files)
+	@$(CACHE) $(PY) -m piflow_jax.main --config=configs/fashion.py:teacher --workdir=runs/fashion/teacher \
+		--config.data.path=$(FASHION)
+	@$(CACHE) $(PY) -m piflow_jax.evaluation.compare --config=configs/fashion.py --workdir=runs/fashion/compare \
+		--methods=student,parallel,meanflow --calls=1,2 --seeds=1 --config.image_every=0 \
+		--config.data.path=$(FASHION) $(ARGS)
 
 analytic: .venv/ready  ## students against an exactly known flow, by their size and training
 	@$(CACHE) $(PY) -m piflow_jax.evaluation.analytic --config=configs/gaussians.py --workdir=runs/gaussians $(ARGS)
