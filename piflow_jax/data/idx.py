@@ -89,5 +89,5 @@ def read(file):
     raise errors.UserError(f"config.data.path: {file} is no IDX file of uint8")
   shape = tuple(int(n) for n in np.frombuffer(data, ">i4", axes, 4))
   if len(data) != start + math.prod(shape):
-    raise errors.UserError(f"config.data.path: {file} has {len(data) - start} values; its head says {shape}: is it torn?")
+    raise errors.UserError(f"config.data.path: {file} has {len(data) - start} values, its head says {shape}: torn?")
   return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
