@@ -41,7 +41,7 @@ def test_pictures_and_labels_are_those_that_were_written(folder):
 
 @pytest.mark.parametrize("name, harm, words", [
     ("train-images-idx3-ubyte.gz", lambda data: data[:-9], "cannot be unpacked"),
-    ("train-labels.idx1-ubyte", lambda data: data[:-1], r"has 4 values; its head says \(5,\): torn"),
+    ("train-labels.idx1-ubyte", lambda data: data[:-1], r"has 4 values, its head says \(5,\): torn"),
     ("train-labels.idx1-ubyte", lambda data: b"\x89PNG" + data, "is no IDX file of uint8"),
     ("train-labels.idx1-ubyte", lambda data: b"", "is no IDX file of uint8"),
     ("train-labels.idx1-ubyte", None, "has no train-labels-idx1-ubyte, gzipped or not"),
