@@ -28,6 +28,15 @@ class NotWritten(Exception):
 
 
 @contextlib.contextmanager
+def flag(name):
+  """A library function's ValueError("argument: what") as UserError("--name: what")."""
+  try:
+    yield
+  except ValueError as e:
+    raise UserError(f"--{name}: {str(e).partition(': ')[2] or e}") from e
+
+
+@contextlib.contextmanager
 def storing(what):
   """Turn the block's storage failures, of whatever library and type, into NotWritten; `what` names thing and place."""
   try:

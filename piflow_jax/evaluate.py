@@ -8,6 +8,12 @@ noises, and the teacher's own again from fresh noise. A run without a teacher is
 of calls and config.sampling.nfe. Sample i's noise is a function of config.evaluation.seed and i. Samples are not kept,
 only sums over them, so that there may be many.
 
+With --reference, --samples or one of the flags below it measures FID and what is published beside it, of 50,000 samples
+or of anybody's pictures: docs/evaluation.md.
+
+  python -m piflow_jax.evaluate --samples=FILE.npz --reference=FILE.npz --inception=FILE.pth
+  python -m piflow_jax.evaluate --workdir=DIR --reference=FILE.npz --inception=FILE.pth --autoencoder=DIR
+
 Leaves report.html and report.json in WORKDIR/report and prints the path. What differs from the workdir's own config
 goes into the folder's name, report-nfe=2,h=0.5. config.evaluation.checks says what a good result is.
 """
@@ -27,6 +33,7 @@ import tqdm
 from piflow_jax import build
 from piflow_jax import config as config_lib
 from piflow_jax import errors
+from piflow_jax import fid
 from piflow_jax import images
 from piflow_jax import program
 from piflow_jax import run_log
@@ -213,6 +220,10 @@ def _training(config, workdir, student):
 
 def _main(given):
   """Evaluates and prints the figures."""
+  if fid.asked(given.flags):
+    return fid.main(given)
+  if given.config is None or given.workdir is None:
+    raise errors.UserError("--workdir: missing; give a run's folder, or pictures by --samples")
   path = evaluate(given.config, given.workdir)
   if jax.process_index() > 0:
     return 0
@@ -234,7 +245,7 @@ def _main(given):
   return 0
 
 
-PROGRAM = program.Program(_main, doc=__doc__)
+PROGRAM = program.Program(_main, fid.define, __doc__, needs=(), config="workdir or none")
 
 if __name__ == "__main__":
   program.run(PROGRAM)

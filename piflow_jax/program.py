@@ -26,7 +26,9 @@ class Program(NamedTuple):
   define: Callable = lambda values: None  # FlagValues -> None: defines the program's own flags in them
   doc: str = ""  # what --help begins with
   needs: tuple = ("workdir",)  # flags that must be given
-  config: str = "workdir"  # "file": --config is needed; "workdir": else the workdir's own; "optional": or none at all
+  # "file": --config is needed; "workdir": else the workdir's own; "workdir or none": or none at all; "optional": the
+  # file's, or none.
+  config: str = "workdir"
 
 
 class Given(NamedTuple):
@@ -98,10 +100,11 @@ def parse(program, argv):
   config = None
   if path is not None:
     config = load(path)
-  elif program.config == "workdir" and workdir:
+  elif program.config.startswith("workdir") and workdir:
     config = workdir_lib.read(workdir_lib.path_of(workdir))
   if config is None and overrides:
-    where = "--config=FILE" + (" or a --workdir that has a config.json" if program.config == "workdir" else "")
+    own = " or a --workdir that has a config.json" if program.config.startswith("workdir") else ""
+    where = f"--config=FILE{own}"
     raise errors.UserError(f"{overrides[0]}: there is no config to set it in; give {where} before it")
   for word in overrides:
     _check_override(config, word.lstrip("-").removeprefix("noconfig.").removeprefix("config.").partition("=")[0])
@@ -321,6 +324,7 @@ def _help(program, argv):
   lines = [program.doc.strip(), "", "Flags:"]
   config_text = {"file": "Config file, e.g. configs/digits.py:student.",
                  "workdir": "Config file; the workdir's own where there is none.",
+                 "workdir or none": "Config file; the workdir's own where there is none.",
                  "optional": "Config file, where one is needed."}[program.config]
   own = [("config", config_text), ("config.FIELD", "Sets a field of the config; all are listed below."),
          ("workdir", "Folder (or gs:// path) of the run."),
@@ -331,7 +335,7 @@ def _help(program, argv):
   workdir = _value_of(rest, "workdir")
   if path is not None:
     config, where = load(path), path
-  elif workdir and program.config == "workdir":
+  elif workdir and program.config.startswith("workdir"):
     config, where = workdir_lib.read(workdir_lib.path_of(workdir)), workdir
   else:
     config, where = config_lib.base(), "every config; give --config=FILE to see its nouns' fields too"

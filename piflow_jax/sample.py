@@ -127,17 +127,6 @@ def _by_batches(f, size, mesh, name, *trees):
   return np.concatenate(done)[:n]
 
 
-def _load_autoencoder(folder, spec, mesh):
-  if folder is None:
-    return None
-  flag = "--autoencoder"
-  found = weights.load_autoencoder(workdir_lib.path_of(folder, flag), sharding.replicated(mesh), flag)
-  if found[0].latent_channels != spec.x_0[-1]:
-    raise errors.UserError(f"{flag}: {folder!r} has latents of {found[0].latent_channels} channels, the data's have "
-                           f"{spec.x_0[-1]}; give the one that these latents are of")
-  return found
-
-
 def _write(path, x_0, ids, decoded, columns):
   """All of the file, or nothing."""
   partial = path.with_name(path.name + ".partial")
@@ -167,7 +156,10 @@ def _main(given):
     cond, ids, names = spec_lib.conditions(run.data, values.labels, num=values.num)
   except ValueError as e:
     raise errors.UserError(f"--labels: {str(e).removeprefix('chosen: ')}") from e
-  autoencoder = _load_autoencoder(values.autoencoder, run.data.spec, mesh)
+  autoencoder = None
+  if values.autoencoder is not None:
+    folder = workdir_lib.path_of(values.autoencoder, "--autoencoder")
+    autoencoder = weights.load_autoencoder(folder, sharding.replicated(mesh), channels=run.data.spec.x_0[-1])
   if autoencoder is None and path.suffix.lower() == ".png" and not images.shows(run.data.spec.x_0):
     raise errors.UserError(f"--out: a .png shows pictures of 1 or 3 channels, x_0 is {run.data.spec.x_0}; give "
                            "--autoencoder for latents, or a .npz")

@@ -40,6 +40,7 @@ class _Around(NamedTuple):
   jitted: train_step.Jitted
   key: jax.Array  # of the run: every draw is of (key, step, sample)
   held_out: Any  # records that losses are measured on, or None
+  stored: spec_lib.Spec  # of the records
 
 
 def train(config, workdir):
@@ -57,10 +58,12 @@ def train(config, workdir):
   run = build.run(config)
   config.data.update(run.data.found)  # with the names of classes, say, a workdir can be drawn from where no data are
   train_step.check_batch(config, mesh)
-  records = spec_lib.checked_records(run.data, "train")
-  held_out = spec_lib.checked_records(run.data, "held_out") if config.eval_every else None
-  around = _Around(
-      config, workdir, mesh, run, train_step.compile(config, mesh, run), jax.random.key(config.seed), held_out)
+  with build.field("data"):
+    stored = spec_lib.stored(run.data)
+  records = spec_lib.checked_records(stored, "train")
+  held_out = spec_lib.checked_records(stored, "held_out") if config.eval_every else None
+  around = _Around(config, workdir, mesh, run, train_step.compile(config, mesh, run, stored.draw),
+                   jax.random.key(config.seed), held_out, stored.spec)
   teacher_params = _load_teacher(around)  # before anything is written: what is wrong with it leaves no trace
   with lock.hold(workdir):
     workdir_lib.claim(workdir, config, write_it=jax.process_index() == 0)
@@ -69,7 +72,7 @@ def train(config, workdir):
       if start >= config.steps:
         return 0
       batches = loader.batches(
-          records, run.data.spec, batch_size=config.batch_size, seed=config.seed, start=position["batches"],
+          records, stored.spec, batch_size=config.batch_size, seed=config.seed, start=position["batches"],
           rows=sharding.rows(mesh, config.batch_size))
       try:
         return _session(around, manager, batches, state, teacher_params, start, position)
@@ -257,7 +260,7 @@ def _held_out_loss(around, teacher_params, state):
   # The same batches and keys each time, so that the curve shows the student and not the draw.
   config, n = around.config, around.config.batch_size
   batches = loader.batches(
-      around.held_out, around.run.data.spec, batch_size=n, seed=config.seed,
+      around.held_out, around.stored, batch_size=n, seed=config.seed,
       rows=sharding.rows(around.mesh, n))
   losses = []
   for i in range(config.eval_batches):

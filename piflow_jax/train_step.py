@@ -15,6 +15,7 @@ from piflow_jax import sampler
 from piflow_jax import sharding
 from piflow_jax import weights
 
+_DRAWN = 2**31 - 1  # folded into a sample's key for what x_0 is drawn by, where it is drawn
 FINISHED = 2**30  # a step beyond any schedule of an objective: what the finished student is measured at
 
 
@@ -96,13 +97,26 @@ def train_step(state, teacher_params, batch, key, *, objective, optimizer, ema, 
   return TrainState(state.step + 1, params, average, opt_state), metrics
 
 
-def compile(config, mesh, run):
+def of_stored(objective, draw):
+  """An objective of batches whose x_0 are as they are stored, of which `draw` makes them: see `data.spec.Stored`."""
+  if draw is None:
+    return objective
+
+  def drawn(params, teacher_params, batch, keys, step):
+    own = jax.vmap(lambda key: jax.random.fold_in(key, _DRAWN))(keys)
+    return objective(params, teacher_params, batch | {"x_0": jax.vmap(draw)(own, batch["x_0"])}, keys, step)
+
+  return drawn
+
+
+def compile(config, mesh, run, draw=None):
   """Jitted functions of a run on a mesh.
 
   Args:
     config: of the run.
     mesh: of `sharding.make_mesh`.
     run: of `build.run`.
+    draw: of `data.spec.Stored`, where `step` and `evaluate` are given batches as they are stored.
   Raises:
     errors.UserError: arrays that the mesh does not divide.
   """
@@ -129,13 +143,14 @@ def compile(config, mesh, run):
   unread = dict(spread=("slice", "data") if config.zero else ())
   state = TrainState(
       place(state.step), place(state.params), place(state.ema, **unread), place(state.opt_state, **unread))
+  objective = of_stored(run.method.objective, draw)
   step = functools.partial(
-      train_step, objective=run.method.objective, optimizer=optimizer, ema=dict(config.ema),
+      train_step, objective=objective, optimizer=optimizer, ema=dict(config.ema),
       microbatches=config.microbatches, accumulator=jnp.dtype(config.accumulator))
 
   def evaluate(params, teacher_params, batch, key):
     keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
-    return run.method.objective(params, teacher_params, batch, keys, jnp.array(FINISHED))[1]
+    return objective(params, teacher_params, batch, keys, jnp.array(FINISHED))[1]
 
   clock = build.sampling_clock(config, run)
 

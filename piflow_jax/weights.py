@@ -194,17 +194,18 @@ def _nest(path, leaf):
   return functools.reduce(lambda tree, key: {key: tree}, reversed(path.split("/")), leaf)
 
 
-def load_autoencoder(workdir, sharding, field="--autoencoder"):
+def load_autoencoder(workdir, sharding, field="--autoencoder", channels=None):
   """(net, params, scales) of an autoencoder that `python -m piflow_jax.convert from-torch` made a workdir of.
 
   Args:
     workdir: local or gs://.
     sharding: of all parameters.
     field: name of what gave the workdir, for the messages.
+    channels: of the latents that it is for; None: any.
   Returns:
     models.autoencoder.Autoencoder, its parameters, and the arguments of `to_latents` and `from_latents`.
   Raises:
-    errors.UserError: there is no autoencoder, or another version's.
+    errors.UserError: there is no autoencoder, or another version's, or one of other latents.
   """
   path = epath.Path(workdir) / autoencoder.FILE
   if not path.exists():
@@ -216,5 +217,8 @@ def load_autoencoder(workdir, sharding, field="--autoencoder"):
     net = autoencoder.Autoencoder(**settings | {"widths": tuple(settings["widths"])})
   except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
     raise errors.UserError(f"{field}: {path} is not of this program ({type(e).__name__}: {e}); convert it again") from e
+  if channels not in (None, net.latent_channels):
+    raise errors.UserError(f"{field}: {str(workdir)!r} has latents of {net.latent_channels} channels, the data's have "
+                           f"{channels}; give the one that these latents are of")
   placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), autoencoder.shapes(net))
   return net, load(workdir, placed, "ema", field), scales

@@ -17,6 +17,7 @@ ALLOWED = {
     "config": set(),
     "params": set(),
     "images": set(),
+    "pickles": set(),
     "checksums": set(),
     "adam8": set(),
     "sharding": {"params"},
@@ -29,6 +30,7 @@ ALLOWED = {
     "sampler": {"flow", "policy.rollout"},
     "student": {"params"},
     "distill": {"config", "flow", "params", "policy.rollout", "sampler", "student", "teacher"},
+    "data.imagenet": {"program", "sharding", "weights", "workdir"},
     # what is kept
     "lock": set(),
     "checkpoint": {"checksums"},
@@ -43,6 +45,10 @@ ALLOWED = {
                    "train_step", "workdir"},
     # measuring: figures of arrays first, of runs then
     "evaluation": {"config", "data.spec", "images"},
+    "evaluation.inception_features": {
+        "config", "convert.inception", "models.inception", "sharding", "weights", "workdir"},
+    "evaluation.pictures": {"models.autoencoder", "sharding"},
+    "evaluation.references": {"pickles"},
     "evaluation.draws": {"build", "sampler", "sharding"},
     "evaluation.measure": {"build", "config", "data.spec", "images", "sharding"},
     "evaluation.analytic": _RUN | {"program", "train_loop"},
@@ -51,8 +57,10 @@ ALLOWED = {
     "program": {"config", "workdir"},
     "main": {"program", "train_loop"},
     "sample": _RUN | {"images", "models.autoencoder", "program"},
-    "evaluate": _RUN | {"evaluation", "images", "program", "run_log"},
+    "evaluate": _RUN | {"evaluation", "fid", "images", "program", "run_log"},
+    "fid": _RUN | {"convert.inception", "evaluation"},
     "convert": {"build", "config", "flow", "lock", "models", "params", "weights", "workdir"},
+    "convert.inception": {"models.inception", "params", "pickles", "program"},
     "convert.__main__": {"models.autoencoder", "program"},
     "convert.trees": {"build", "config", "distill.flow_matching", "flow", "params", "workdir"},
     "plan": {"build", "sharding", "train_step"},

@@ -1,17 +1,19 @@
-"""What is drawn to be measured: noise by number, and models as jitted functions of it."""
+"""What is drawn to be measured: noise and labels by number, and models as jitted functions of them."""
 
 import functools
 import math
+import pickle
 from typing import Callable, NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from piflow_jax import build
 from piflow_jax import sampler
 from piflow_jax import sharding
 
-NOISE, FRESH, _WAY = range(3)  # streams of draws: of all models, of the teacher's second set, of h > 0
+NOISE, FRESH, _WAY, _LABELS = range(4)  # streams of draws: of all models, of the teacher's second set, of h > 0
 _BLOCK = 2**24  # values of noise drawn at once
 
 
@@ -35,6 +37,85 @@ class Noises:
     # JAX draws the first rows of an array alike, whatever its length.
     key = jax.random.fold_in(self._key, b) if b else self._key
     return np.asarray(jax.random.normal(key, (min(self._rows, self._samples - b * self._rows), *self._shape)))
+
+
+def labels(index, classes, seed, how):
+  """Classes [n] int32 of samples by number [n]; each is a function of (seed, its number).
+
+  Args:
+    index: numbers of samples.
+    classes: how many there are.
+    seed: a whole number.
+    how: "balanced": classes in turn; "random": each class as likely.
+  """
+  if how == "balanced":
+    return (index % classes).astype(np.int32)
+  key = jax.random.fold_in(jax.random.key(seed), _LABELS)
+  return np.asarray(_random_labels(key, index, classes))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _random_labels(key, index, classes):
+  return jax.vmap(lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, classes))(index)
+
+
+class Batch(NamedTuple):
+  """Samples to be drawn together."""
+
+  placed: dict  # {"noise" [B, ...], "cond": tree, "index" [B]}, split over the mesh; the last batch is filled up
+  own: np.ndarray  # rows that this process takes in
+  index: np.ndarray  # numbers of these samples
+
+
+def batches(noises, conditions, samples, size, mesh):
+  """A Batch after another of `size` each, until all samples are drawn.
+
+  Args:
+    noises: Noises.
+    conditions: numbers of samples [n] -> cond tree [n, ...].
+    samples: how many.
+    size: of a batch; a multiple of `sharding.sample_parts`.
+    mesh: of `sharding.make_mesh`.
+  """
+  mine, held = own_rows(mesh, size), sharding.rows(mesh, size)
+
+  def filled(x):
+    return np.resize(x, (size, *x.shape[1:]))
+
+  for start in range(0, samples, size):
+    index = np.arange(start, min(start + size, samples), dtype=np.int32)
+    rows = {"noise": noises.rows(start, start + len(index)), "cond": conditions(index), "index": index}
+    placed = sharding.place_batch(jax.tree.map(lambda x: filled(x)[held], rows), mesh, size)
+    own = mine[mine < len(index)]
+    yield Batch(placed, own, index[own])
+
+
+def own_rows(mesh, n):
+  """Rows of a batch of n that this process takes in: of devices that hold the same, the first process's."""
+  owner = np.full(n, jax.process_count())
+  for device, (part,) in jax.NamedSharding(mesh, sharding.BATCH).devices_indices_map((n,)).items():
+    owner[part] = np.minimum(owner[part], device.process_index)
+  return np.flatnonzero(owner == jax.process_index())
+
+
+def rows_of(x, rows):
+  """Rows, all of which are on this process's devices, of an array [n, ...] that is split over all devices."""
+  if x.is_fully_addressable:
+    return np.asarray(x)[rows]
+  found = np.empty(x.shape, x.dtype)
+  for shard in x.addressable_shards:
+    found[shard.index[0]] = shard.data
+  return found[rows]
+
+
+def from_all(value):
+  """[each process's value], the first process's first, on all of them."""
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(pickle.dumps(value), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array([len(data)])).ravel()
+  padded = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - len(data))))
+  return [pickle.loads(row[:size].tobytes()) for row, size in zip(padded, sizes)]
 
 
 class Model(NamedTuple):

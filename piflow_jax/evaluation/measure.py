@@ -4,12 +4,9 @@ Every process takes in the samples that lie on its own devices; `Tally.gather` p
 """
 
 import math
-import pickle
 import time
-from typing import NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from piflow_jax import build
@@ -29,15 +26,6 @@ _MOST_RECORDS = 50_000  # real ones that are looked at
 _MOST_FEATURES = 10_000  # rows kept for precision and recall, which take each against each
 _MOST_KEPT = 2**25  # values of samples kept for the distances within a class
 _SHOWN = 20  # samples in a picture, at most
-
-
-class Batch(NamedTuple):
-  """Samples to be drawn together."""
-
-  placed: dict  # {"noise" [B, ...], "cond": tree, "index" [B]}, split over the mesh; the last batch is filled up
-  own: np.ndarray  # rows that this process takes in
-  index: np.ndarray  # numbers of these samples
-  labels: np.ndarray  # of these
 
 
 class Tally:
@@ -85,7 +73,7 @@ class Tally:
 
   def gather(self):
     """This tally with all that other processes took in; a call for all of them."""
-    for other in _from_all(self)[1:]:
+    for other in draws.from_all(self)[1:]:
       self._merge(other)
     return self
 
@@ -98,16 +86,6 @@ class Tally:
     self._sum_errors(other.errors)
     self.shown |= other.shown
     self._kept += other._kept
-
-
-def _from_all(value):
-  """[each process's value], the first process's first, on all of them."""
-  if jax.process_count() == 1:
-    return [value]
-  data = np.frombuffer(pickle.dumps(value), np.uint8)
-  sizes = multihost_utils.process_allgather(np.array([len(data)])).ravel()
-  padded = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - len(data))))
-  return [pickle.loads(row[:size].tobytes()) for row, size in zip(padded, sizes)]
 
 
 class Bench:
@@ -147,19 +125,9 @@ class Bench:
     self.held_out, self.train = (self._real(split) for split in ("held_out", "train"))
 
   def batches(self, seed, stream=draws.NOISE):
-    """Batches of all samples of a seed, each Batch the same size."""
-    noises, mine = draws.Noises(seed, stream, self.samples, self._shape), _own_rows(self._mesh, self._size)
-    held = sharding.rows(self._mesh, self._size)
-    for start in range(0, self.samples, self._size):
-      index = np.arange(start, min(start + self._size, self.samples), dtype=np.int32)
-      rows = {"noise": noises.rows(start, start + len(index)), "cond": self.conditions(index), "index": index}
-      filled = jax.tree.map(self._filled, rows)
-      placed = sharding.place_batch(jax.tree.map(lambda x: x[held], filled), self._mesh, self._size)
-      own = mine[mine < len(index)]
-      yield Batch(placed, own, index[own], self.labels(index[own]))
-
-  def _filled(self, x):
-    return np.resize(x, (self._size, *x.shape[1:]))
+    """draws.Batch of all samples of a seed."""
+    noises = draws.Noises(seed, stream, self.samples, self._shape)
+    return draws.batches(noises, self.conditions, self.samples, self._size, self._mesh)
 
   def conditions(self, index):
     """cond tree of samples by number: classes in turn, or where a label is not all, those of held-out records."""
@@ -184,30 +152,31 @@ class Bench:
         began = time.perf_counter()
         x_0 = jax.block_until_ready(model.draw(batch.placed, seed))
         seconds[i] += time.perf_counter() - began
-        samples = _rows_of(x_0, batch.own)
+        samples = draws.rows_of(x_0, batch.own)
         reference = samples if reference is None else reference
-        self._take(tally, samples, reference, batch, is_reference=i == 0)
+        self._take(tally, samples, reference, batch.index, is_reference=i == 0)
         bar.update(min(self._size, self.samples - batches * self._size))
       batches += 1
     for tally, spent in zip(tallies, seconds):
       tally.gather().seconds = float(spent * 1000 / (batches * self._size))
     return tallies
 
-  def _take(self, tally, samples, reference, batch, is_reference):
+  def _take(self, tally, samples, reference, index, is_reference):
     if not len(samples):  # a last batch that is filled up may leave a process without any
       return
+    labels = self.labels(index)
     tally.count += len(samples)
     tally.finite &= bool(np.isfinite(samples).all())
     if not tally.finite:
       return
-    self._take_statistics(tally, samples, batch.labels)
-    tally.keep(samples, batch.labels)
+    self._take_statistics(tally, samples, labels)
+    tally.keep(samples, labels)
     if images.shows(self._shape):
-      tally.shown |= {int(i): x for i, x in zip(batch.index, samples) if i < self.shown}
+      tally.shown |= {int(i): x for i, x in zip(index, samples) if i < self.shown}
     if np.isfinite(reference).all():
-      tally.add_errors(samples, reference, batch.labels)
+      tally.add_errors(samples, reference, labels)
     if is_reference:
-      tally.spread.update(samples, batch.labels)
+      tally.spread.update(samples, labels)
 
   def _take_statistics(self, tally, samples, labels):
     if "features" in self.have:
@@ -290,24 +259,6 @@ def check_samples(samples, spec):
   for least, why in needed.items():
     if samples < least:
       raise errors.UserError(f"config.evaluation.samples: {samples} is less than {least}, {why}; give more")
-
-
-def _own_rows(mesh, n):
-  """Rows of a batch of n that this process takes in: of devices that hold the same, the first process's."""
-  owner = np.full(n, jax.process_count())
-  for device, (part,) in jax.NamedSharding(mesh, sharding.BATCH).devices_indices_map((n,)).items():
-    owner[part] = np.minimum(owner[part], device.process_index)
-  return np.flatnonzero(owner == jax.process_index())
-
-
-def _rows_of(x, rows):
-  """Rows, all of which are on this process's devices, of an array [n, ...] that is split over all devices."""
-  if x.is_fully_addressable:
-    return np.asarray(x, np.float32)[rows]
-  found = np.empty(x.shape, np.float32)
-  for shard in x.addressable_shards:
-    found[shard.index[0]] = shard.data
-  return found[rows]
 
 
 def _number_shown(shape, classes, samples):

@@ -112,15 +112,31 @@ class Statistics:
     count = found.get("count", count)
     if not {"mu", "sigma"} <= found.keys() or count is None:
       raise ValueError(f"path: {path} holds {', '.join(sorted(found)) or 'nothing'}; it must hold mu, sigma and count")
-    mean, covariance = np.asarray(found["mu"], np.float64), np.asarray(found["sigma"], np.float64)
-    if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
-      raise ValueError(f"path: {path} holds mu {mean.shape} and sigma {covariance.shape}, not [D] and [D, D]")
-    self = cls()
-    self.count, self._shift, self._offset = int(count), mean, np.zeros_like(mean)
-    self._scatter = covariance * max(self.count - 1, 1)
+    self = from_moments(found["mu"], found["sigma"], count, f"path: {path}")
     if "rows" in found:
       self._kept, self._keep = [found["rows"]], len(found["rows"])
     return self
+
+
+def from_moments(mean, covariance, count, where="mean"):
+  """Statistics of a mean [D] and an unbiased covariance [D, D] of `count` rows, in any types of numbers.
+
+  Raises:
+    ValueError: `where` they are from, and: shapes that differ, values that are not finite, no covariance.
+  """
+  mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+  if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+    raise ValueError(f"{where} holds mu {mean.shape} and sigma {covariance.shape}, not [D] and [D, D]")
+  if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+    raise ValueError(f"{where} holds values that are not finite")
+  # Statistics are kept in float32 by some, whose rounding is not symmetric, nor are small eigenvalues above 0 by it.
+  largest = max(np.abs(np.diag(covariance)).max(), np.finfo(np.float64).tiny)
+  if np.abs(covariance - covariance.T).max() > 1e-4 * largest or np.diag(covariance).min() < -1e-4 * largest:
+    raise ValueError(f"{where} holds a sigma that is no covariance: it is not symmetric, or a variance is negative")
+  self = Statistics()
+  self.count, self._shift, self._offset = int(count), mean, np.zeros_like(mean)
+  self._scatter = (covariance + covariance.T) / 2 * max(self.count - 1, 1)
+  return self
 
 
 def of(features, keep=0):

@@ -151,11 +151,11 @@ def test_what_processes_took_in_adds_up():
   for batch in batches:
     x = np.asarray(_half(batch.placed, 0))
     ends = np.asarray(_exact(batch.placed, 0))
-    bench._take(whole, x[batch.own], ends[batch.own], batch, is_reference=True)
+    bench._take(whole, x[batch.own], ends[batch.own], batch.index, is_reference=True)
     for part, tally in enumerate(parts):
       mine = slice(part, None, 2)
-      share = batch._replace(own=batch.own[mine], index=batch.index[mine], labels=batch.labels[mine])
-      bench._take(tally, x[share.own], ends[share.own], share, is_reference=True)
+      share = batch._replace(own=batch.own[mine], index=batch.index[mine])
+      bench._take(tally, x[share.own], ends[share.own], share.index, is_reference=True)
   merged = copy.deepcopy(parts[0])
   merged._merge(parts[1])
   assert merged.count == 40 and sorted(merged.shown) == sorted(whole.shown)
@@ -185,7 +185,7 @@ def test_rows_of_a_batch_belong_to_one_process_each():
     found = []
     for process in range(2):
       jax.process_index = lambda process=process: process
-      found.append(measure._own_rows(None, 8).tolist())
+      found.append(draws.own_rows(None, 8).tolist())
   finally:
     jax.NamedSharding, jax.process_count, jax.process_index = before
   assert found == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -206,7 +206,7 @@ def test_conditions_that_are_no_labels_come_from_held_out_records():
   got = np.concatenate([cond["text"] for cond in conds])[:14]
   np.testing.assert_array_equal(got, texts[np.arange(14) % 6])
   assert conds[0]["length"].dtype == np.int32 and conds[0]["length"].tolist() == [0, 1, 2, 3]
-  assert [batch.labels.tolist() for batch in bench.batches(0)] == [[0] * 4] * 3 + [[0] * 2]
+  assert [bench.labels(batch.index).tolist() for batch in bench.batches(0)] == [[0] * 4] * 3 + [[0] * 2]
   # Points have no picture and no classes, but distances and errors.
   model = _model(lambda batch, seed: batch["noise"] + batch["cond"]["text"].mean((1, 2))[:, None])
   shifted = _model(lambda batch, seed: 1.1 * batch["noise"] + batch["cond"]["text"].mean((1, 2))[:, None])
