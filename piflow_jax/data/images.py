@@ -66,7 +66,7 @@ def make(*, path, size, channels, crop, flips, held_out, labels, classes, cache_
   if not isinstance(classes, (tuple, list)) or len(set(classes)) < len(classes) or len(classes) == 1:
     raise ValueError(f"classes: {classes!r} must be the names of two classes or more; (): those of the data")
   classes = tuple(str(name) for name in classes)
-  opened = functools.cache(functools.partial(_open, path, labels))
+  opened = functools.cache(functools.partial(open_pictures, path, labels))
   # What a workdir's config.json says is not looked up again: samples can be drawn where the pictures are not.
   found = {}
   if labels and not classes:
@@ -184,7 +184,7 @@ def _part(pictures, split, held_out):
   return np.flatnonzero(out if split == "held_out" else ~out)
 
 
-def _open(path, labels):
+def open_pictures(path, labels):
   """The Pictures of a path; raises ValueError."""
   try:
     place = epath.Path(path).expanduser()
@@ -335,13 +335,29 @@ def fitted(raw, *, size, channels, crop):
   short = min(image.size)
   if max(image.size) > _LONGEST * short:
     raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are too long a picture")
+  return np.asarray(_resized(image, size, crop)).reshape(size, size, channels)
+
+
+def adm_crop(raw, size):
+  """A picture file's bytes as uint8 [size, size, 3], by guided-diffusion's own steps (image_datasets.py).
+
+  RGB, whatever EXIF says of how it was held; halved by BOX while its shorter side is two sizes or more; by BICUBIC to
+  that side, up or down; the middle cut out. Raises whatever Pillow raises.
+  """
+  image = Image.open(io.BytesIO(raw)).convert("RGB")
+  if max(image.size) > _LONGEST * min(image.size):
+    raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are too long a picture")
+  return np.asarray(_resized(image, size, crop=True))
+
+
+def _resized(image, size, crop):
   while min(image.size) >= 2 * size:
     image = image.resize(tuple(n // 2 for n in image.size), Image.Resampling.BOX)
   scale = size / min(image.size)
   across = tuple(round(n * scale) for n in image.size) if crop else (size, size)
   image = image.resize(across, Image.Resampling.BICUBIC)
   left, top = ((n - size) // 2 for n in image.size)
-  return np.asarray(image.crop((left, top, left + size, top + size))).reshape(size, size, channels)
+  return image.crop((left, top, left + size, top + size))
 
 
 def _eight_bits(image):

@@ -32,6 +32,15 @@ class Spec(NamedTuple):
   x_0: tuple  # shape
   cond: dict  # {name: Array}
   bounds: tuple | None = None  # (least, most) of x_0; None: the first records must look scaled
+  dtype: Any = "float32"  # of x_0; other than float32 only of what is stored
+
+
+class Stored(NamedTuple):
+  """Records as they are stored, of which x_0 is drawn anew each time: a latent of its posterior, say."""
+
+  spec: Spec  # of what is stored: its x_0 is what `draw` takes
+  records: Callable[[str], Any]  # split -> random access, as Data's
+  draw: Callable | None  # (key, one record's stored x_0) -> x_0 as Data.spec says it; traced. None: they are the same
 
 
 class Data(NamedTuple):
@@ -43,6 +52,12 @@ class Data(NamedTuple):
   # Fields of the noun that `make` found in the data, for the workdir's config.json: with them, `make` needs the data no
   # more, and samples are drawn where the data are not.
   found: Mapping[str, Any] = types.MappingProxyType({})
+  stored: Callable[[], Stored] | None = None  # what training reads in the place of `records`
+
+
+def stored(data):
+  """What training reads: Stored."""
+  return Stored(data.spec, data.records, None) if data.stored is None else data.stored()
 
 
 def label(classes):
@@ -99,6 +114,9 @@ def _check_shape(name, shape):
 def checked_records(data, split):
   """The records of a split, once their kind, the first of them whole and the range of the first few are looked at.
 
+  Args:
+    data: Data, or Stored.
+    split: "train" or "held_out".
   Raises errors.UserError.
   """
   where = f"config.data: {split}"
@@ -139,7 +157,7 @@ def misfit(record, spec):
     return f"is {_kind(record)}; give {_wanted(spec)}"
   if record.keys() != {"x_0", "cond"}:
     return f"has keys {_listed(record)}; give {_wanted(spec)}"
-  if words := _x_0_misfit(record["x_0"], spec.x_0):
+  if words := _x_0_misfit(record["x_0"], spec.x_0, np.dtype(spec.dtype)):
     return words
   cond = record["cond"]
   if not isinstance(cond, Mapping):
@@ -157,15 +175,15 @@ def _wanted(spec):
   return f'{{"x_0": ..., "cond": {{{names}}}}}'
 
 
-def _x_0_misfit(x, shape):
+def _x_0_misfit(x, shape, dtype):
   if not isinstance(x, (np.ndarray, np.generic)):
-    return f"x_0 is {_kind(x)}; give a NumPy array, float32 of shape {shape}"
-  if x.dtype == np.float32 and x.shape == shape:
+    return f"x_0 is {_kind(x)}; give a NumPy array, {dtype} of shape {shape}"
+  if x.dtype == dtype and x.shape == shape:
     return None
   if x.dtype == np.uint8:
     return "x_0 is uint8; divide by 127.5 and subtract 1, for float32 in [-1, 1]"
-  if x.dtype != np.float32:
-    return f"x_0 is {x.dtype}; give float32: x_0.astype(np.float32)"
+  if x.dtype != dtype:
+    return f"x_0 is {x.dtype}; give {dtype}: x_0.astype(np.{dtype})"
   if len(shape) > 1 and x.shape == (shape[-1], *shape[:-1]):
     return f"x_0 has shape {x.shape}, not {shape}: is it channels first? Channels come last: np.moveaxis(x_0, 0, -1)"
   return f"x_0 has shape {x.shape}; the data's spec says {shape}"
