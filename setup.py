@@ -22,11 +22,13 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.5.1",
+        "array_record>=0.8.6",
         "chex>=0.1.92",
         "clu>=0.0.12",
         "etils>=1.15.0",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "importlib_resources>=7.1.0",  # TFDS imports it and does not say so
         "jax>=0.10.2",
         "ml_collections>=1.1.0",
         "numpy>=2.4.6",
@@ -35,6 +37,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=13.0.0",
         "safetensors>=0.8.0",
+        "tensorflow-datasets>=4.9.10",
         "tensorstore>=0.1.86",
         "tensorboardX>=2.6.5",
         "tqdm>=4.70.1",

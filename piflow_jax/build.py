@@ -222,10 +222,11 @@ def check(config):
   """Raises errors.UserError: one of the run's own fields has a value that cannot be."""
   with field(""):
     for name in ("steps", "batch_size", "microbatches", "log_every", "checkpoint_every", "keep_checkpoints",
-                 "eval_batches", "sampling.nfe", "sampling.images", "evaluation.samples", "evaluation.batch_size"):
+                 "eval_batches", "sampling.nfe", "sampling.images", "evaluation.samples", "evaluation.batch_size",
+                 "evaluation.during"):
       config_lib.whole(name, config_lib.field(config, name), most=2**30 - 1)
     for name in ("seed", "eval_every", "image_every", "keep_every", "profile_steps", "optimizer.warmup_steps",
-                 "ema.start", "evaluation.seed"):
+                 "ema.start", "evaluation.seed", "evaluation.every"):
       config_lib.whole(name, config_lib.field(config, name), least=0)
     for name in ("data", "fsdp", "tensor", "slices"):
       if config.mesh[name] != -1 or name == "slices":

@@ -73,13 +73,30 @@ class _Sums:
     pass
 
 
+class _These:
+  """A preservation policy in Orbax's sense: of the steps in a set, as it is when it is asked."""
+
+  def __init__(self, steps):
+    self._steps = steps
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    return [found.step in self._steps for found in checkpoints]
+
+
 @contextlib.contextmanager
-def open_manager(workdir, *, keep=2, keep_every=None):
+def open_manager(workdir, *, keep=2, keep_every=None, these=frozenset()):
   """The manager of workdir/checkpoints: saves in the background, commits by rename, keeps the latest and every n-th.
 
   Opening removes what a kill left half written.
+
+  Args:
+    workdir: local or gs://.
+    keep: the latest so many stay.
+    keep_every: and each whose step this divides; None or 0: none.
+    these: and those of the steps in this set, which may change meanwhile.
   """
-  policies = [keep_lib.LatestN(keep)] + ([keep_lib.EveryNSteps(keep_every)] if keep_every else [])
+  policies = [keep_lib.LatestN(keep), _These(these)] + ([keep_lib.EveryNSteps(keep_every)] if keep_every else [])
   options = ocp.CheckpointManagerOptions(
       preservation_policy=keep_lib.AnyPreservationPolicy(policies), enable_async_checkpointing=True,
       cleanup_tmp_directories=True)

@@ -122,6 +122,10 @@ def base():
   c.evaluation.samples = 2000  # of each model
   c.evaluation.batch_size = 500  # samples drawn at once
   c.evaluation.seed = 0  # of the noises
+  # Steps between Frechet distances of the average's samples to held-out data, by `features`; 0 is never. The checkpoint
+  # with the least one is kept: --step=best draws from it.
+  c.evaluation.every = 0
+  c.evaluation.during = 2000  # samples of such a distance: fewer than a published figure's, so it is larger
   # What a good result is: (text, metric, row, row to divide by or "", "<=" or ">=", bound), a row being "student" or
   # "teacher@128"; see evaluation/checks.py.
   c.evaluation.checks = ()

@@ -57,8 +57,13 @@ _REPORTED = {  # setting: field
     "guidance_scale": "teacher.guidance_scale", "samples": "evaluation.samples", "seed": "evaluation.seed"}
 
 
-def evaluate(config, workdir):
+def evaluate(config, workdir, step=None):
   """Measure the run in workdir by config and write its report.
+
+  Args:
+    config: of the run.
+    workdir: local or gs://.
+    step: of the checkpoint, as --step says it; None: the newest.
 
   Returns:
     epath.Path of report.html.
@@ -70,9 +75,9 @@ def evaluate(config, workdir):
   names = rows_of(config, run)
   with build.field(""):
     checks_lib.validate(config.evaluation.checks, names)
-  folder = epath.Path(workdir) / folder_name(config, workdir)
+  folder = epath.Path(workdir) / (folder_name(config, workdir) + (f"-step={step}" if step else ""))
   measure.check_samples(config.evaluation.samples, run.data.spec)
-  models = _models(config, run, mesh, workdir, names)
+  models = _models(config, run, mesh, workdir, names, step)
   bench = measure.Bench(config, run, mesh)
   workdir_lib.warn_of_other(workdir, config)
   with tqdm.tqdm(total=bench.samples * (len(models) + 1), unit="image", desc=f"{workdir}: sampling",
@@ -108,11 +113,11 @@ def _can(run, nfe, h):
   return True
 
 
-def _models(config, run, mesh, workdir, names):
+def _models(config, run, mesh, workdir, names, step):
   """A draws.Model for each row; compiles nothing yet."""
   jitted = train_step.compile(config, mesh, run)
   teacher_params = None if run.teacher is None else train_step.load_teacher(config, run, jitted.teacher)
-  params = weights.load(workdir, jitted.state.ema, "ema", "--workdir")
+  params = weights.load(workdir, jitted.state.ema, "ema", "--workdir", step=weights.step_of(workdir, step))
   own = params, train_step.load_base(config, run, jitted)
   models = []
   for name, calls in names:
@@ -224,7 +229,7 @@ def _main(given):
     return fid.main(given)
   if given.config is None or given.workdir is None:
     raise errors.UserError("--workdir: missing; give a run's folder, or pictures by --samples")
-  path = evaluate(given.config, given.workdir)
+  path = evaluate(given.config, given.workdir, given.flags.step)
   if jax.process_index() > 0:
     return 0
   result = json.loads((path.parent / "report.json").read_text())

@@ -56,6 +56,7 @@ def define(values):
   string("keep", None, "FILE.npz to keep the pictures in, as others' evaluators take them.")
   string("save_reference", None, "FILE.npz to keep the statistics in, as a reference.")
   string("out", None, "FILE.json for the figures; a run's own go into its workdir too.")
+  string("step", None, "Checkpoint to draw from: a step, or best; the newest if not given.")
   string("self_test", None, "FOLDER of known files: measures those that are there, beside what is published of them.")
 
 
@@ -135,13 +136,14 @@ def _sums(given, protocol, extract, rows):
   decoder = inception_features.load_autoencoder(values.autoencoder, run.data.spec.x_0, mesh, "--autoencoder")
   if values.real is not None:
     return _real(run, mesh, decoder, values, extract, rows), f"{values.real} records of {given.workdir or 'the data'}"
-  model = _model(config, run, mesh, given.workdir, values.teacher_steps)
+  model = _model(config, run, mesh, given.workdir, values)
   return _drawn(config, run, mesh, model, decoder, given, protocol, extract, rows), (
       f"{given.workdir or 'the config'}: {model.name}, {model.calls} calls")
 
 
-def _model(config, run, mesh, folder, steps):
+def _model(config, run, mesh, folder, values):
   """draws.Model of the run, or of its teacher in so many steps."""
+  steps = values.teacher_steps
   if steps is None and folder is None:
     raise errors.UserError("--workdir: missing; give the folder of the run to draw from")
   if steps is not None:
@@ -150,7 +152,8 @@ def _model(config, run, mesh, folder, steps):
     params = train_step.load_teacher(config, run, train_step.compile(config, mesh, run).teacher)
     return draws.Model("teacher", steps, functools.partial(draws.teacher_drawer(mesh, run, steps), params))
   jitted, calls = train_step.compile(config, mesh, run), config.sampling.nfe
-  own = weights.load(folder, jitted.state.ema, "ema", "--workdir"), train_step.load_base(config, run, jitted)
+  step = weights.step_of(folder, values.step)
+  own = weights.load(folder, jitted.state.ema, "ema", "--workdir", step=step), train_step.load_base(config, run, jitted)
   workdir_lib.warn_of_other(folder, config)
   return draws.Model("model" if run.teacher is None else "student", calls,
                      functools.partial(draws.model_drawer(mesh, config, run, calls), own))
@@ -242,6 +245,8 @@ def _own_path(given, values, protocol, count):
   parts = [protocol.name, f"{count}", f"nfe={config.sampling.nfe}", f"seed={config.evaluation.seed}"]
   if config.sampling.h:
     parts.append(f"h={config.sampling.h:g}")
+  if values.step is not None:
+    parts.append(f"step={values.step}")
   if values.teacher_steps is not None:
     parts[2] = f"teacher={values.teacher_steps}"
   return epath.Path(given.workdir) / "fid" / f"{','.join(parts)}.json"

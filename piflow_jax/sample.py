@@ -48,11 +48,13 @@ def _define(values):
   flags.DEFINE_integer("num", 8, "Images of each label.", lower_bound=1, upper_bound=10**6, flag_values=values)
   flags.DEFINE_integer("seed", 0, "Of the noises.", lower_bound=0, upper_bound=2**31 - 1, flag_values=values)
   flags.DEFINE_string("out", None, "File to write: .png or .npz.", flag_values=values)
+  flags.DEFINE_string("step", None, "Checkpoint to draw from: a step, or best; the newest if not given.",
+                      flag_values=values)
   flags.DEFINE_string("autoencoder", None, "Workdir of a converted autoencoder, to decode latents by.",
                       flag_values=values)
 
 
-def draw(config, run, workdir, cond, ids, *, seed, mesh):
+def draw(config, run, workdir, cond, ids, *, seed, mesh, step=None):
   """Samples by the averaged weights in workdir, as config.sampling says.
 
   Args:
@@ -63,6 +65,7 @@ def draw(config, run, workdir, cond, ids, *, seed, mesh):
     ids: [n] rows that they are of. The j-th sample of row i has noise of (seed, i, j).
     seed: a whole number.
     mesh: of `sharding.make_mesh`.
+    step: of the checkpoint; None: the newest.
   Returns:
     x_0, [n, ...] float32.
   Raises:
@@ -70,7 +73,7 @@ def draw(config, run, workdir, cond, ids, *, seed, mesh):
     errors.NotFinite: what is drawn are no numbers.
   """
   jitted = train_step.compile(config, mesh, run)
-  params = weights.load(workdir, jitted.state.ema, "ema", "--workdir")
+  params = weights.load(workdir, jitted.state.ema, "ema", "--workdir", step=step)
   base = train_step.load_base(config, run, jitted)
   split = jax.NamedSharding(mesh, sharding.BATCH)
   key = jax.random.key(seed)
@@ -163,7 +166,8 @@ def _main(given):
   if autoencoder is None and path.suffix.lower() == ".png" and not images.shows(run.data.spec.x_0):
     raise errors.UserError(f"--out: a .png shows pictures of 1 or 3 channels, x_0 is {run.data.spec.x_0}; give "
                            "--autoencoder for latents, or a .npz")
-  x_0 = draw(config, run, given.workdir, cond, ids, seed=values.seed, mesh=mesh)
+  x_0 = draw(config, run, given.workdir, cond, ids, seed=values.seed, mesh=mesh,
+             step=weights.step_of(given.workdir, values.step))
   decoded = decode(autoencoder, x_0, mesh) if autoencoder else None
   if jax.process_index() == 0:
     _write(path, x_0, ids, decoded, values.num)

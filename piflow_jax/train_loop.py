@@ -26,6 +26,7 @@ from piflow_jax import train_step
 from piflow_jax import workdir as workdir_lib
 from piflow_jax.data import loader
 from piflow_jax.data import spec as spec_lib
+from piflow_jax.evaluation import during
 
 _INIT, _IMAGES, _WAY, _EVAL = 2**31 - 1, 2**30 - 1, 2**30 - 2, 2**30  # what draws outside of steps are folded in as
 
@@ -41,6 +42,8 @@ class _Around(NamedTuple):
   key: jax.Array  # of the run: every draw is of (key, step, sample)
   held_out: Any  # records that losses are measured on, or None
   stored: spec_lib.Spec  # of the records
+  distance: Any  # of `evaluation.during.watcher`, or None
+  best: set  # step of the checkpoint with the least distance, as far as one is known
 
 
 def train(config, workdir):
@@ -63,11 +66,14 @@ def train(config, workdir):
   records = spec_lib.checked_records(stored, "train")
   held_out = spec_lib.checked_records(stored, "held_out") if config.eval_every else None
   around = _Around(config, workdir, mesh, run, train_step.compile(config, mesh, run, stored.draw),
-                   jax.random.key(config.seed), held_out, stored.spec)
+                   jax.random.key(config.seed), held_out, stored.spec,
+                   during.watcher(config, run, mesh) if config.evaluation.every else None,
+                   during.best_steps(workdir))
   teacher_params = _load_teacher(around)  # before anything is written: what is wrong with it leaves no trace
   with lock.hold(workdir):
     workdir_lib.claim(workdir, config, write_it=jax.process_index() == 0)
-    with checkpoint.open_manager(workdir, keep=config.keep_checkpoints, keep_every=config.keep_every) as manager:
+    with checkpoint.open_manager(workdir, keep=config.keep_checkpoints, keep_every=config.keep_every,
+                                 these=around.best) as manager:
       start, state, teacher_params, position = _begin(around, manager, teacher_params, began)
       if start >= config.steps:
         return 0
@@ -181,8 +187,9 @@ def _loop(config, state, start, batches, step, stopping, report, watch, save, go
     done = i + 1
     pending = (done, metrics)
     stop = stopping(i)
-    watched = _due(config, config.eval_every, done) or _due(config, config.image_every, done)
-    saved = _due(config, config.checkpoint_every, done) or stop
+    measured = _due(config, config.evaluation.every, done)
+    watched = measured or _due(config, config.eval_every, done) or _due(config, config.image_every, done)
+    saved = measured or _due(config, config.checkpoint_every, done) or stop
     if saved or watched:
       with goodput.step():
         settle()  # nothing is saved or drawn from parameters whose loss has not been looked at
@@ -243,6 +250,11 @@ def _watch(around, teacher_params, log, state, done):
     loss = _held_out_loss(around, teacher_params, state)
     if log:
       log.write(done, {"eval_loss": loss})
+  if _due(around.config, around.config.evaluation.every, done):
+    found = around.distance(state.ema, teacher_params)
+    during.note(around.workdir, around.best, done, found, write_it=log is not None)
+    if log:
+      log.write(done, found)
   if _due(around.config, around.config.image_every, done) and images.shows(around.run.data.spec.x_0):
     try:
       picture = _picture(around, teacher_params, state)

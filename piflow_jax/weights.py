@@ -19,10 +19,11 @@ from piflow_jax import params as params_lib
 from piflow_jax.models import autoencoder
 
 _UNFINISHED = "0.partial_save"  # what Orbax calls a partial save until it is finalized
+BEST = "best.json"  # in a workdir: {"step", "frechet"} of the checkpoint with the least distance
 _AT_ONCE = 64 << 20  # bytes; a partial save costs a fifth of a second whatever its size
 
 
-def load(workdir, abstract, which, field, strict=True):
+def load(workdir, abstract, which, field, strict=True, step=None):
   """The newest weights of a run that can be read.
 
   The checksums of the whole checkpoint are verified meanwhile; one that is torn is passed over with a warning.
@@ -33,6 +34,7 @@ def load(workdir, abstract, which, field, strict=True):
     which: "ema" or "params".
     field: name of what gave the workdir, for the messages.
     strict: whether leaves in the checkpoint that `abstract` does not ask for are an error.
+    step: whose checkpoint; None: the newest that can be read.
   Returns:
     a tree like `abstract`.
   Raises:
@@ -48,7 +50,7 @@ def load(workdir, abstract, which, field, strict=True):
     with checksums.verified(folder / "state"):
       return ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args)[which]
 
-  found = _newest(workdir, field, read)[1]
+  found = _newest(workdir, field, read, step)[1]
   bad = [name for name, good in params_lib.named_leaves(jax.device_get(_finite(found))).items() if not good]
   if bad:
     more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -62,11 +64,11 @@ def _finite(tree):
 
 
 @contextlib.contextmanager
-def open_weights(workdir, which, field):
+def open_weights(workdir, which, field, step=None):
   """The newest weights of a run that can be read, leaf by leaf: yields ({path: shape}, read(path) -> numpy array).
 
   Args:
-    workdir, which, field: as in `load`.
+    workdir, which, field, step: as in `load`.
   Raises:
     errors.UserError: as `load`.
   """
@@ -74,7 +76,7 @@ def open_weights(workdir, which, field):
     with checksums.verified(folder / "state"):
       return _leaves(folder, which, field, workdir)
 
-  folder, leaves = _newest(workdir, field, look)
+  folder, leaves = _newest(workdir, field, look, step)
 
   def read(path):
     args = ocp.args.PyTreeRestore(
@@ -85,8 +87,25 @@ def open_weights(workdir, which, field):
   yield {path: tuple(leaf.shape) for path, leaf in leaves.items()}, read
 
 
-def _newest(workdir, field, read):
-  """(folder, read(folder)) of the newest checkpoint of a run for which `read` does not fail."""
+def step_of(workdir, text, flag="--step"):
+  """The step that a flag names: a number, or "best", the one of the least Frechet distance; None for None.
+
+  Raises:
+    errors.UserError: it is neither, or the run never measured one.
+  """
+  if text is None or text.isdecimal():
+    return None if text is None else int(text)
+  if text != "best":
+    raise errors.UserError(f"{flag}: {text!r}; give a step, or best")
+  try:
+    return int(json.loads((epath.Path(workdir) / BEST).read_text())["step"])
+  except (OSError, KeyError, TypeError, ValueError) as e:
+    raise errors.UserError(f"{flag}: {str(workdir)!r} has no {BEST}: the run measured no distances; train with "
+                           "--config.evaluation.every=N, or give a step") from e
+
+
+def _newest(workdir, field, read, step=None):
+  """(folder, read(folder)) of the newest checkpoint of a run for which `read` does not fail, or of that of a step."""
   folder = checkpoint.folder_of(workdir)
   try:
     if not folder.exists():
@@ -100,13 +119,18 @@ def _newest(workdir, field, read):
     if errors.process_lost(e):
       raise
     raise errors.UserError(f"{field}: {str(workdir)!r} cannot be read ({errors.reason(e)})") from e
+  if step is not None:
+    if step not in steps:
+      raise errors.UserError(f"{field}: {str(workdir)!r} has no checkpoint of step {step}, only of "
+                             f"{', '.join(map(str, sorted(steps))) or 'none'}")
+    steps = [step]
   if not steps:
     raise errors.UserError(f"{field}: no finished checkpoint in {str(workdir)!r}; let that run save one first")
-  step, found, failures = checkpoint.newest(folder, steps, read)
-  if step is None:
+  chosen, found, failures = checkpoint.newest(folder, steps, read)
+  if chosen is None:
     newest, why = failures[0]
     raise errors.UserError(f"{field}: no checkpoint in {str(workdir)!r} can be read (step {newest}: {why})")
-  return folder / str(step), found
+  return folder / str(chosen), found
 
 
 def _leaves(folder, which, field, workdir):

@@ -21,7 +21,8 @@ SIZES = {"B": 130e6, "L": 458e6, "XL": 675e6}
 
 
 @pytest.mark.parametrize("argument", [
-    "XL,repa-1nfe", "L,repa-2nfe", "B,fm-1nfe", "XL,teacher", "B,dx-1nfe", "XL,pdd", "B,pdd-midpoint", "L,meanflow"])
+    "XL,repa-1nfe", "L,repa-2nfe", "B,fm-1nfe", "XL,teacher", "B,dx-1nfe", "XL,pdd", "B,pdd-midpoint", "L,meanflow",
+    "XL,imf-data", "L,dx40-1nfe"])
 def test_full_size_configs_trace_and_shard(argument):
   config = imagenet_dit.get_config(argument)
   run, mesh = build.run(config), sharding.make_mesh(2, 4)
@@ -60,10 +61,13 @@ def teachers(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [*imagenet_dit.RECIPES])
+@pytest.mark.parametrize("recipe", [
+    # Of the others numbers alone differ.
+    name for name in imagenet_dit.RECIPES if not name.endswith(("-40k", "-paper", "-k8"))])
 def test_recipes_train(recipe, teachers, tmp_path):
   student = _small(recipe)
-  student.teacher.checkpoint = str(teachers[student.network.time_scale])
+  if student.teacher is not None:
+    student.teacher.checkpoint = str(teachers[student.network.time_scale])
   assert train_loop.train(student, tmp_path / "student") == 0
 
 
@@ -99,7 +103,7 @@ def test_an_exact_teacher_needs_no_checkpoint(argument, tmp_path):
 
 
 def test_arguments_that_are_not_there_are_named():
-  with pytest.raises(ValueError, match="XXL,repa-1nfe: choose SIZE,RECIPE of tiny, B, L, XL"):
+  with pytest.raises(ValueError, match="XXL,repa-1nfe: choose SIZE,RECIPE or SIZE,RECIPE,cache of tiny, B, L, XL"):
     imagenet_dit.get_config("XXL,repa-1nfe")
   with pytest.raises(ValueError, match="janitor: choose ROLE or ROLE,NFE with a role of teacher, student"):
     digits.get_config("janitor")

@@ -26,6 +26,7 @@ import jax
 
 from piflow_jax import errors
 from piflow_jax import program
+from piflow_jax import weights
 from piflow_jax.convert import run
 from piflow_jax.models import autoencoder
 
@@ -43,6 +44,8 @@ def _define(values):
                     flag_values=values)
   flags.DEFINE_float("max_shard_size", 5.0, "to-torch: GB of weights in a file, before there is another (pi-Flow's "
                      "release reads one file). Also --max-shard-size.", lower_bound=0.0, flag_values=values)
+  flags.DEFINE_string("step", None, "to-torch: the checkpoint to write: a step, or best; the newest if not given.",
+                      flag_values=values)
   flags.DEFINE_bool("ema", True, "to-torch: averaged weights. --no-ema: the last ones.", flag_values=values)
   flags.DEFINE_bool("dry_run", False, "Print the mapping, write nothing. Also --dry-run.", flag_values=values)
 
@@ -56,7 +59,7 @@ def _not_of(verb, values, *names):
 
 def _from_torch(given):
   values = given.flags
-  _not_of("from-torch", values, "out", "dtype", "max_shard_size", "ema")
+  _not_of("from-torch", values, "out", "dtype", "max_shard_size", "ema", "step")
   if not values.source:
     raise errors.UserError("--source: missing; name the checkpoint to read")
   run.from_torch(
@@ -72,7 +75,8 @@ def _to_torch(given):
     raise errors.UserError("--max_shard_size: nan; give a number of gigabytes")
   out = os.path.expanduser(values.out) if values.out else None
   run.to_torch(given.workdir, out, given.config, naming=values.format, ema=values.ema, dtype=values.dtype,
-               dry_run=values.dry_run, max_bytes=values.max_shard_size * 1e9)
+               dry_run=values.dry_run, max_bytes=values.max_shard_size * 1e9,
+               step=weights.step_of(given.workdir, values.step))
 
 
 def _is_autoencoder(argv):

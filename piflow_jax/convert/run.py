@@ -59,7 +59,8 @@ def from_torch(path, workdir, config=None, *, naming=None, dry_run=False):
   print(f"wrote {workdir}; give it as {flag}")
 
 
-def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32", dry_run=False, max_bytes=5e9):
+def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32", dry_run=False, max_bytes=5e9,
+             step=None):
   """Write the weights of a run as a folder that PyTorch users can load, one tensor after the other.
 
   Args:
@@ -71,13 +72,14 @@ def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32
     dtype: "float32" or "bfloat16".
     dry_run: print the mapping, write nothing.
     max_bytes: of a file.
+    step: whose checkpoint; None: the newest.
   Raises:
     errors.UserError: whatever does not fit, before anything is written, or with nothing left of what was.
   """
   if out is not None:
     files.check_free(out)
   with contextlib.ExitStack() as stack:
-    shapes, read = stack.enter_context(weights_lib.open_weights(workdir, "ema" if ema else "params", "--workdir"))
+    shapes, read = stack.enter_context(weights_lib.open_weights(workdir, "ema" if ema else "params", "--workdir", step))
     settings = epath.Path(workdir) / autoencoder_lib.FILE
     if settings.exists():
       if naming:

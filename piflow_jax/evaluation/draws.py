@@ -12,6 +12,7 @@ import numpy as np
 from piflow_jax import build
 from piflow_jax import sampler
 from piflow_jax import sharding
+from piflow_jax.data import spec as spec_lib
 
 NOISE, FRESH, _WAY, _LABELS = range(4)  # streams of draws: of all models, of the teacher's second set, of h > 0
 _BLOCK = 2**24  # values of noise drawn at once
@@ -57,6 +58,24 @@ def labels(index, classes, seed, how):
 @functools.partial(jax.jit, static_argnums=2)
 def _random_labels(key, index, classes):
   return jax.vmap(lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, classes))(index)
+
+
+def conditions_of(spec, records):
+  """(numbers of samples [n]) -> their cond tree: classes in turn, or where a label is not all, those of some records.
+
+  Args:
+    spec: data.spec.Spec.
+    records: random access, held-out ones.
+  """
+  classes = spec_lib.num_classes(spec)
+
+  def conditions(index):
+    if classes:
+      return {name: (index % classes).astype(array.dtype) for name, array in spec.cond.items()}
+    found = [records[int(i)]["cond"] for i in index % len(records)] if spec.cond else []
+    return {name: np.stack([cond[name] for cond in found]).astype(array.dtype) for name, array in spec.cond.items()}
+
+  return conditions
 
 
 class Batch(NamedTuple):

@@ -109,9 +109,10 @@ class Bench:
     parts = sharding.sample_parts(mesh)
     self._size = -(-min(c.batch_size, c.samples) // parts) * parts
     check_samples(c.samples, self.data.spec)
-    self._records = spec_lib.checked_records(self.data, "held_out")
-    if c.features is not None and len(self._records) <= NEAREST:
-      raise errors.UserError(f"config.data: held_out: {len(self._records)} records; features are compared with those "
+    records = spec_lib.checked_records(self.data, "held_out")
+    self._conditions = draws.conditions_of(self.data.spec, records)
+    if c.features is not None and len(records) <= NEAREST:
+      raise errors.UserError(f"config.data: held_out: {len(records)} records; features are compared with those "
                              f"of {NEAREST + 1} or more")
     self.features = None
     if c.features is not None:
@@ -127,15 +128,7 @@ class Bench:
   def batches(self, seed, stream=draws.NOISE):
     """draws.Batch of all samples of a seed."""
     noises = draws.Noises(seed, stream, self.samples, self._shape)
-    return draws.batches(noises, self.conditions, self.samples, self._size, self._mesh)
-
-  def conditions(self, index):
-    """cond tree of samples by number: classes in turn, or where a label is not all, those of held-out records."""
-    spec = self.data.spec
-    if self.classes:
-      return {name: (index % self.classes).astype(array.dtype) for name, array in spec.cond.items()}
-    found = [self._records[int(i)]["cond"] for i in index % len(self._records)] if spec.cond else []
-    return {name: np.stack([cond[name] for cond in found]).astype(array.dtype) for name, array in spec.cond.items()}
+    return draws.batches(noises, self._conditions, self.samples, self._size, self._mesh)
 
   def labels(self, index):
     """[n] classes of samples by number; where a label is not all that conditions, all are of one class."""
