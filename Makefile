@@ -14,7 +14,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # Two workers, each given whole files in the order of tests/conftest.py: the longest first.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder -q --durations=12
 
-.PHONY: demo compare fashion analytic plan lint quick test test-plan test-torch durations chaos lock clean help
+.PHONY: demo compare fashion analytic plan lint quick test test-rehearsal test-plan test-torch durations chaos lock clean help
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -77,11 +77,14 @@ lint: .venv/ready  ## ruff, shellcheck, and the figures of the house (no JAX: se
 	@$(PY) -m pytest -q --noconftest -p no:xdist tests/test_house.py
 
 quick: .venv/ready  ## the tests that take seconds
-	@$(PY) -m pytest $(PARALLEL) -m "not slow and not processes and not libtpu" tests --ignore=tests/parity
+	@$(PY) -m pytest $(PARALLEL) -m "not slow and not processes and not rehearsal and not libtpu" tests --ignore=tests/parity
 
 test: .venv/ready  ## all tests but those of test-plan and test-torch; several processes of one run last, one at a time
-	@$(PY) -m pytest $(PARALLEL) -m "not processes and not libtpu" tests --ignore=tests/parity
+	@$(PY) -m pytest $(PARALLEL) -m "not processes and not rehearsal and not libtpu" tests --ignore=tests/parity
 	@$(PY) -m pytest -n 0 -q --durations=12 -m processes tests --ignore=tests/parity
+
+test-rehearsal: .venv/ready  ## ImageNet's whole path in small: tars, cache, teacher, student, FID, a kill in each
+	@$(PY) -m pytest -n 0 -q -m rehearsal tests/test_rehearsal.py
 
 test-plan: .libtpu/ready  ## the tests that need the compiler for TPUs (0.7 GB, into .libtpu)
 	@$(PY) -m pytest $(PARALLEL) -m libtpu tests/plan

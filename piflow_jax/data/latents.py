@@ -17,6 +17,7 @@ from piflow_jax import errors
 from piflow_jax.data import latent_cache
 from piflow_jax.data import spec
 
+FREE = ("path", "held_out")
 _EVERY = 500  # without a cache of their own, each 500th record is held out
 _SEED = 20_251_104  # of the draws outside of training
 

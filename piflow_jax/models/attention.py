@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from piflow_jax import sharding
 
 KERNELS = ("auto", "xla", "splash", "flash", "cudnn")
+_HALF = (jnp.bfloat16, jnp.float16)
 _BLOCK = 128  # tokens: the TPU kernels work on blocks of so many
 
 
@@ -30,14 +31,15 @@ def attention(q, k, v, kernel="auto", *, interpret=False):
   """
   platform, (_, n, _, dim) = sharding.platform(), q.shape
   if kernel == "auto":
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    suited = {"tpu": n % _BLOCK == 0 and "splash", "gpu": half and dim % 8 == 0 and dim <= 128 and "cudnn"}
+    suited = {"tpu": n % _BLOCK == 0 and "splash", "gpu": q.dtype in _HALF and dim % 8 == 0 and dim <= 128 and "cudnn"}
     kernel = suited.get(platform) or "xla"
   if kernel in ("splash", "flash") and not sharding.splits(q.shape[0]):
     kernel = "xla"
   if kernel in ("xla", "cudnn"):
     if kernel == "cudnn" and platform != "gpu":
       raise ValueError(f"attention: cudnn needs a GPU, not {platform}; set auto")
+    if kernel == "cudnn" and q.dtype not in _HALF:
+      raise ValueError(f"attention: cudnn takes bfloat16 or float16, not {q.dtype}; set auto, or another dtype")
     return jax.nn.dot_product_attention(q, k, v, implementation=kernel)
   if kernel not in KERNELS:
     raise ValueError(f"attention: {kernel!r} is none of {', '.join(KERNELS)}")

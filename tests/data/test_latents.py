@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 
 import jax
@@ -24,37 +23,18 @@ from piflow_jax.data import latents
 from piflow_jax.data import sources
 from tests import small_autoencoder
 from tests import tiny
+from tests.data import making
 
 PROGRAM = "piflow_jax.data.imagenet"
 CLASSES = ("n01", "n02", "n03")
 
 
-def _jpeg(rng, size=(40, 30), form="JPEG", mode="RGB"):
-  blocks = rng.integers(0, 256, (5, 5, 3)).astype(np.uint8)
-  file = io.BytesIO()
-  Image.fromarray(blocks).resize(size).convert(mode).save(file, form)
-  return file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
   """(folder of all, net, params): pictures as class folders and as a tar of tars, and an autoencoder."""
-  folder, rng = tmp_path_factory.mktemp("imagenet"), np.random.default_rng(0)
+  folder = tmp_path_factory.mktemp("imagenet")
   net, params = small_autoencoder.make(folder / "autoencoder")
-  with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
-    for name in CLASSES:
-      inner_file = io.BytesIO()
-      (folder / "pictures" / name).mkdir(parents=True)
-      with tarfile.open(fileobj=inner_file, mode="w") as inner:
-        for i in range(5):
-          raw = _jpeg(rng, mode="CMYK" if i == 1 else "RGB", form="JPEG" if i != 2 else "PNG")
-          (folder / "pictures" / name / f"{name}_{i}.JPEG").write_bytes(raw)
-          info = tarfile.TarInfo(f"{name}_{i}.JPEG")
-          info.size = len(raw)
-          inner.addfile(info, io.BytesIO(raw))
-      info = tarfile.TarInfo(f"{name}.tar")
-      info.size = len(inner_file.getvalue())
-      outer.addfile(info, io.BytesIO(inner_file.getvalue()))
+  making.tars(folder, classes=3, pictures=5, also=folder / "pictures")
   return folder, net, params
 
 
@@ -111,7 +91,7 @@ def test_a_tar_of_tars_is_its_folders(made, cache, tmp_path):
 def test_a_prepared_builder_is_read_without_tensorflow(tmp_path):
   tfds = pytest.importorskip("tensorflow_datasets")
   rng = np.random.default_rng(0)
-  raws = [_jpeg(rng) for _ in range(4)]
+  raws = [making.jpeg(rng) for _ in range(4)]
 
   class Small(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
@@ -158,9 +138,9 @@ def test_adms_crop_step_by_step(width, height):
 
 def test_adms_crop_takes_grey_and_cmyk_and_leaves_exif_alone():
   rng = np.random.default_rng(0)
-  grey = images.adm_crop(_jpeg(rng, mode="L"), 16)
+  grey = images.adm_crop(making.jpeg(rng, mode="L"), 16)
   assert grey.shape == (16, 16, 3) and (grey[..., 0] == grey[..., 1]).all()
-  assert images.adm_crop(_jpeg(rng, mode="CMYK"), 16).shape == (16, 16, 3)
+  assert images.adm_crop(making.jpeg(rng, mode="CMYK"), 16).shape == (16, 16, 3)
   image, exif = Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)), Image.Exif()
   exif[0x0112] = 6  # held a quarter turned
   plain, turned = io.BytesIO(), io.BytesIO()
@@ -311,7 +291,7 @@ def test_a_picture_that_cannot_be_decoded_is_named_and_left_out(made, tmp_path, 
   for name in CLASSES:
     (folder / name).mkdir(parents=True)
     for i in range(2):
-      (folder / name / f"{i}.jpg").write_bytes(_jpeg(rng))
+      (folder / name / f"{i}.jpg").write_bytes(making.jpeg(rng))
   (folder / "n02" / "1.jpg").write_bytes(b"no picture")
   arguments = [f"--source=folder:{folder}", *_arguments(made[0], tmp_path / "out")[1:]]
   assert tiny.invoke(PROGRAM, arguments) == (0, "")

@@ -1,6 +1,8 @@
 """FID and its neighbours: figures of known sets, sums that do not depend on how they are split, the program."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -216,3 +218,25 @@ def test_a_run_that_cannot_be_measured_so_is_refused(tiny_teacher, inception, tm
   tiny.refused("piflow_jax.evaluate", [*own, "--real=test"], "--real", "choose train or held_out")
   tiny.refused("piflow_jax.evaluate", [*own, f"--autoencoder={tiny_teacher}"], "--autoencoder", "no autoencoder")
   assert not (tmp_path / "r.npz").exists()
+
+
+@pytest.mark.processes
+def test_two_processes_measure_what_one_does(tiny_teacher, inception, tmp_path):
+  """The same devices in all, so the same pictures: their sums in another order."""
+  found = []
+  for processes, devices in ((1, 2), (2, 1)):
+    out, kept = tmp_path / f"{processes}.npz", tmp_path / f"kept{processes}.npz"
+    command = [sys.executable, "-m", "piflow_jax.evaluate", f"--workdir={tiny_teacher}", f"--inception={inception}",
+               "--count=11", "--config.evaluation.batch_size=4", f"--save_reference={out}", f"--keep={kept}"]
+    done = subprocess.run(["launch/local.sh", str(processes), str(devices), *command], cwd=tiny.ROOT, text=True,
+                          env=tiny.environment(JAX_PLATFORMS="cpu"), capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with np.load(out) as file:
+      found.append({name: file[name] for name in file.files} | {"pictures": next(samples_file.batches(kept, 11))})
+  one, two = found
+  np.testing.assert_array_equal(one["pictures"], two["pictures"])
+  assert one["count"] == two["count"] == 11
+  # One picture at a time or two: the network's own sums, in float32.
+  np.testing.assert_allclose(two["rows"], one["rows"], rtol=1e-4, atol=1e-6)
+  for name in ("mu", "sigma", "mu_s", "sigma_s"):
+    np.testing.assert_allclose(two[name], one[name], rtol=1e-3, atol=1e-7, err_msg=name)

@@ -59,6 +59,12 @@ def test_a_kernel_of_another_platform_is_refused(kernel, n, words):
     attention.attention(*_qkv(n), kernel)
 
 
+def test_cudnn_takes_half_precision_alone(monkeypatch):
+  monkeypatch.setattr(attention.sharding, "platform", lambda: "gpu")
+  with pytest.raises(ValueError, match="^attention: cudnn takes bfloat16 or float16, not float32; set auto"):
+    attention.attention(*_qkv(128), "cudnn")
+
+
 def test_sizes_that_a_kernel_does_not_take_are_refused():
   with pytest.raises(ValueError, match="multiples of 128 tokens, not 16"):
     attention.attention(*_qkv(16), "splash", interpret=True)
