@@ -35,8 +35,14 @@ from piflow_jax.evaluation import references
 from piflow_jax.evaluation import samples_file
 
 COUNT = 50_000  # samples of a published figure
-_READ = 512  # pictures read from a file at once
+_CHUNK = 512  # pictures read from a file at once
 _TAPS = ("pool", "spatial", "logits")
+# Flags that ask for this module's work, others that only it reads, and what each kind of pictures does not read.
+_ASKING = ("samples", "real", "reference", "save_reference", "self_test", "teacher_steps")
+_READ = ("inception", "protocol", "count", "autoencoder", "keep", "out")
+_UNREAD = {"self_test": ("samples", "real", "reference", "save_reference", "teacher_steps", *_READ[1:], "step"),
+           "samples": ("real", "teacher_steps", "autoencoder", "keep", "step"),
+           "real": ("teacher_steps", "keep", "step"), "teacher_steps": ("step",)}
 
 
 def define(values):
@@ -61,9 +67,16 @@ def define(values):
 
 
 def asked(values):
-  """Whether the flags ask for this module's work."""
-  return any(values[name].value is not None for name in (
-      "samples", "real", "reference", "save_reference", "self_test", "teacher_steps"))
+  """Whether the flags ask for this module's work. Raises errors.UserError: one of them would have no effect."""
+  given = [name for name in (*_ASKING, *_READ, "step") if values[name].present]
+  if not any(name in _ASKING for name in given):
+    if unread := [name for name in given if name in _READ]:
+      raise errors.UserError(f"--{unread[0]}: is read for a FID alone; give --reference too, or leave it out")
+    return False
+  for kind, names in _UNREAD.items():
+    if kind in given and (unread := [name for name in names if name in given]):
+      raise errors.UserError(f"--{unread[0]}: --{kind} does not read it; leave it out")
+  return True
 
 
 def main(given):
@@ -126,7 +139,7 @@ def _sums(given, protocol, extract, rows):
   if values.samples is not None:
     with errors.flag("samples"):
       count = min(samples_file.shape_of(values.samples)[0], values.count)
-      batches = samples_file.batches(values.samples, _READ, count)
+      batches = samples_file.batches(values.samples, _CHUNK, count)
       with _bar(values.samples, count) as bar:
         return fid.take(batches, extract, rows, bar), values.samples
   if given.config is None:

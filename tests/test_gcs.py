@@ -14,7 +14,9 @@ from piflow_jax import checksums
 from piflow_jax import weights
 from tests import fake_gcs
 from tests import group
+from tests import small_autoencoder
 from tests import tiny
+from tests.data import making
 
 pytestmark = pytest.mark.slow
 STEPS = ["--config.steps=6", "--config.image_every=6"]
@@ -153,3 +155,23 @@ def test_a_bucket_that_cannot_be_reached_is_one_line(bucket):
   lines = [line for line in done.stderr.splitlines() if line]
   assert done.returncode == 2 and len(lines) == 1, done.stderr
   assert lines[0].startswith("error: config.teacher.checkpoint: 'gs://bucket/run' cannot be read (Cannot connect to")
+
+
+def test_a_cache_in_a_bucket_is_the_one_on_a_disk(bucket, tmp_path):
+  small_autoencoder.make(tmp_path / "autoencoder")
+  making.tars(tmp_path, classes=2, pictures=3)
+
+  def make(out):
+    return tiny.run([
+        sys.executable, "-m", "piflow_jax.data.imagenet", f"--source=tars:{tmp_path}", f"--out={out}", "--size=16",
+        f"--autoencoder={tmp_path / 'autoencoder'}", "--shards=2", "--batch=2"], env=bucket.environment)
+
+  for out in (tmp_path / "cache", "gs://bucket/cache", "gs://bucket/cache"):  # the third finds all of it there
+    status, said, err = make(out)
+    assert status == 0 and "6 records of 2 classes" in said, err
+  theirs = {name.removeprefix("cache/"): data for name, (_, data) in bucket.objects.items()}
+  ours = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+  assert {name: data for name, data in theirs.items() if data} == ours
+  tiny.refused("piflow_jax.main", [
+      "--config=configs/imagenet_dit.py:tiny,teacher,cache", f"--workdir={tmp_path / 'run'}",
+      "--config.data.path=gs://bucket/cache"], "give a folder on a local disk")

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from piflow_jax import build
+from piflow_jax import config as config_lib
 from piflow_jax import sharding
+from piflow_jax import train_step
+from piflow_jax import weights
 from piflow_jax.convert import inception as inception_weights
 from piflow_jax.evaluation import draws
 from piflow_jax.evaluation import fid
@@ -196,10 +199,32 @@ def test_a_run_is_measured_by_its_workdir_and_by_its_samples_file(tiny_teacher, 
   assert np.abs(one - two).max() <= 1 and (one != two).mean() < 0.01
 
 
+@pytest.mark.slow
+def test_a_teacher_is_measured_at_its_own_steps(tiny_teacher, inception, tmp_path):
+  """By a student's config alone: one step of Euler is x_0 = noise - u(noise, 1), in bytes."""
+  arguments = [*tiny.arguments("student", tmp_path)[:1], *tiny.arguments("student", tmp_path)[2:],
+               f"--config.teacher.checkpoint={tiny_teacher}", f"--inception={inception}", "--count=9",
+               "--teacher_steps=1", f"--keep={tmp_path / 'k.npz'}", f"--save_reference={tmp_path / 'r.npz'}"]
+  assert _evaluate(*arguments) == (0, "")
+  config = tiny.config("teacher")
+  built, mesh = build.run(config), build.mesh(config)
+  params = weights.load(tiny_teacher, train_step.compile(config, mesh, built).state.ema, "ema", "--workdir")
+  noise = draws.Noises(0, draws.NOISE, 9, (8, 8, 1)).rows(0, 9)
+  cond = {"label": draws.labels(np.arange(9), 10, 0, "random")}
+  u = build.velocity_net(config.network.make(built.data.spec, **config_lib.fields_of(config.network)), built.data.spec)
+  x_0 = noise - np.asarray(u.apply(params, noise, np.ones(9, np.float32), cond))
+  want = np.asarray(pictures.to_bytes(jax.numpy.asarray(x_0))).astype(int)
+  got = next(samples_file.batches(tmp_path / "k.npz", 9)).astype(int)
+  assert np.abs(got - want).max() <= 1 and (got != want).mean() < 0.02  # rounding, at a byte's edge
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--samples=x.npz"], ["--inception: missing"]),
     (["--samples=x.npz", "--inception=nowhere.pth"], ["--inception", "nowhere.pth", "is no file"]),
-    (["--keep=x.png", "--samples=x.npz", "--inception=GOOD"], ["--keep", "does not end in .npz"]),
+    (["--keep=x.png", "--reference=x.npz", "--inception=GOOD"], ["--keep", "does not end in .npz"]),
+    (["--keep=x.npz", "--samples=x.npz", "--inception=GOOD"], ["--keep: --samples does not read it"]),
+    (["--autoencoder=x"], ["--autoencoder: is read for a FID alone; give --reference too"]),
+    (["--self_test=x", "--inception=GOOD", "--count=5"], ["--count: --self_test does not read it"]),
     (["--samples=x.npz", "--inception=GOOD"], ["--reference: missing"]),
     (["--samples=nowhere.npz", "--inception=GOOD", "--reference=GOOD"], ["--reference", "cannot be read as .npz"]),
     (["--samples=nowhere.npz", "--inception=GOOD", "--save_reference=r.npz"], ["--samples", "nowhere.npz"]),
