@@ -20,9 +20,7 @@ goes into the folder's name, report-nfe=2,h=0.5. config.evaluation.checks says w
 
 import functools
 import json
-import re
 import time
-import zlib
 
 from absl import logging
 from etils import epath
@@ -31,7 +29,6 @@ import numpy as np
 import tqdm
 
 from piflow_jax import build
-from piflow_jax import config as config_lib
 from piflow_jax import errors
 from piflow_jax import fid
 from piflow_jax import images
@@ -45,16 +42,10 @@ from piflow_jax.evaluation import draws
 from piflow_jax.evaluation import figures
 from piflow_jax.evaluation import measure
 from piflow_jax.evaluation import metrics
+from piflow_jax.evaluation import naming
 from piflow_jax.evaluation import report
 
 STEPS = (128, 4, 2, 1)  # of a teacher; the first is what the others are held against
-# Fields, or starts of fields, that change a report's figures.
-_SETTINGS = ("sampling.nfe", "sampling.h", "evaluation.samples", "evaluation.seed", "evaluation.features", "data.",
-             "policy.", "method.", "flow.", "teacher.guidance", "teacher.orthogonal", "teacher.weights",
-             "teacher.mixture")
-_REPORTED = {  # setting: field
-    "nfe": "sampling.nfe", "h": "sampling.h", "temperature": "policy.temperature", "solver": "method.solver",
-    "guidance_scale": "teacher.guidance_scale", "samples": "evaluation.samples", "seed": "evaluation.seed"}
 
 
 def evaluate(config, workdir, step=None):
@@ -75,7 +66,7 @@ def evaluate(config, workdir, step=None):
   names = rows_of(config, run)
   with build.field(""):
     checks_lib.validate(config.evaluation.checks, names)
-  folder = epath.Path(workdir) / (folder_name(config, workdir) + (f"-step={step}" if step else ""))
+  folder = epath.Path(workdir) / (naming.named("report", config, workdir) + (f"-step={step}" if step else ""))
   measure.check_samples(config.evaluation.samples, run.data.spec)
   models = _models(config, run, mesh, workdir, names, step)
   bench = measure.Bench(config, run, mesh)
@@ -131,40 +122,8 @@ def _models(config, run, mesh, workdir, names, step):
 
 def settings(config, bench):
   """How was drawn and measured, for the report."""
-  flat = workdir_lib.flat(config_lib.to_plain(config))
-  found = {name: flat[field] for name, field in _REPORTED.items() if field in flat}
-  return found | {"features": bench.features.name if bench.features else None, "held_out_records": bench.held_out.count}
-
-
-def folder_name(config, workdir):
-  """"report", or "report-<what differs>" where a setting is not the workdir's own config's."""
-  try:
-    known = workdir_lib.plain(workdir)
-  except errors.UserError:
-    known = None
-  if known is None:
-    return "report"
-  old, new = workdir_lib.flat(known), workdir_lib.flat(config_lib.to_plain(config))
-  # As _SETTINGS lists them, and what a noun is before its fields.
-  keys = [key for start in _SETTINGS for key in sorted(new, key=_make_first) if key.startswith(start)]
-  differ = [key for key in keys if old.get(key) != new[key]]
-  if not differ:
-    return "report"
-  text = ",".join(_difference(key, new[key]) for key in differ)
-  if len(text) > 100:
-    text = f"{text[:90]}-{zlib.crc32(text.encode()):08x}"
-  return f"report-{text}"
-
-
-def _make_first(key):
-  return not key.endswith(".make"), key
-
-
-def _difference(key, value):
-  *parents, last = key.split(".")
-  if last == "make":  # a function "@module:name", in the module of its noun
-    last, value = parents[-1], str(value).partition(":")[0].split(".")[-1]
-  return f"{last}={re.sub('[^A-Za-z0-9.+-]+', '-', str(value)).strip('-')}"
+  return naming.settings(config) | {
+      "features": bench.features.name if bench.features else None, "held_out_records": bench.held_out.count}
 
 
 def _remarks(config, run, names, tallies):

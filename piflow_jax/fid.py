@@ -29,6 +29,7 @@ from piflow_jax.evaluation import draws
 from piflow_jax.evaluation import fid
 from piflow_jax.evaluation import gates
 from piflow_jax.evaluation import inception_features
+from piflow_jax.evaluation import naming
 from piflow_jax.evaluation import pictures
 from piflow_jax.evaluation import protocol as protocol_lib
 from piflow_jax.evaluation import references
@@ -108,8 +109,10 @@ def main(given):
     with _writing("save_reference", values.save_reference):
       references.save(values.save_reference, sums.pool, sums.spatial, sums.rows[:protocol_lib.ADM_ROWS])
     print(values.save_reference)
+  drawn = {} if given.config is None else {"settings": naming.settings(given.config)}
   report = {"source": source, "count": sums.pool.count, "reference": values.reference, "inception sha256": digest,
-            **protocol.says(), "values": found.values, "remarks": found.remarks, "minutes": (time.time() - began) / 60}
+            **protocol.says(), **drawn, "values": found.values, "remarks": found.remarks,
+            "minutes": (time.time() - began) / 60}
   _show(report)
   for path in filter(None, (values.out, _own_path(given, values, protocol, sums.pool.count))):
     _write(path, report)
@@ -254,15 +257,11 @@ def _own_path(given, values, protocol, count):
   """Where a run's figures are kept, or None: one file for each way to measure."""
   if given.workdir is None or values.samples is not None or values.real is not None:
     return None
-  config = given.config
-  parts = [protocol.name, f"{count}", f"nfe={config.sampling.nfe}", f"seed={config.evaluation.seed}"]
-  if config.sampling.h:
-    parts.append(f"h={config.sampling.h:g}")
-  if values.step is not None:
-    parts.append(f"step={values.step}")
-  if values.teacher_steps is not None:
-    parts[2] = f"teacher={values.teacher_steps}"
-  return epath.Path(given.workdir) / "fid" / f"{','.join(parts)}.json"
+  name = naming.named(f"{protocol.name},{count}", given.config, given.workdir)
+  for flag in ("teacher_steps", "step"):
+    if values[flag].value is not None:
+      name += f"-{flag}={values[flag].value}"
+  return epath.Path(given.workdir) / "fid" / f"{name}.json"
 
 
 def _write(path, report):

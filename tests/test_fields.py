@@ -21,7 +21,8 @@ VALUES = ("0", "-1", "nan", "inf", "1e30", str(2**40), "x")
 # What is right of these: field, or a role's field, or the end of either -> values.
 RIGHT = {
     "seed": "0", "eval_every": "0", "image_every": "0", "keep_every": "0", "profile_steps": "0", "warmup_steps": "0",
-    "ema.start": "0", "ema.gamma": "0", "evaluation.seed": "0", "evaluation.every": "0", "weight_decay": "0", "b1": "0", "b2": "0",
+    "ema.start": "0", "ema.gamma": "0", "evaluation.seed": "0", "evaluation.every": "0",
+    "weight_decay": "0", "b1": "0", "b2": "0",
     "sampling.h": "0 inf", "window_substeps": "0", "num_decay_steps": "0", "label_dropout": "0", "norm_power": "0",
     "meanflow:method.logit_mean": "0 -1", "meanflow-data:method.logit_mean": "0 -1", "teacher:method.logit_mean": "0",
     "ratio": "0", "policy.dropout": "0", "policy.segment": "0", "orthogonal": "0", "teacher.guidance_scale": "0",

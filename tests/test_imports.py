@@ -51,6 +51,7 @@ ALLOWED = {
     "evaluation.references": {"pickles"},
     "evaluation.draws": {"build", "data.spec", "sampler", "sharding"},
     "evaluation.during": {"build", "config", "data.spec", "sharding", "weights"},
+    "evaluation.naming": {"config", "workdir"},
     "evaluation.measure": {"build", "config", "data.spec", "images", "sharding"},
     "evaluation.analytic": _RUN | {"program", "train_loop"},
     "evaluation.compare": _RUN | {"program", "run_log", "train_loop"},

@@ -13,6 +13,7 @@ from piflow_jax import evaluate
 from piflow_jax import train_loop
 from piflow_jax import workdir as workdir_lib
 from piflow_jax.evaluation import metrics
+from piflow_jax.evaluation import naming
 from piflow_jax.evaluation import pca
 from tests import tiny
 
@@ -147,17 +148,17 @@ def test_a_workdir_without_a_run_is_refused(tmp_path):
 ])
 def test_the_report_s_folder_says_what_differs(tmp_path, fields, name):
   own, asked = tiny.config("student"), tiny.config("student")
-  assert evaluate.folder_name(own, tmp_path) == "report"  # a workdir without a config: nothing to differ from
+  assert naming.named("report", own, tmp_path) == "report"  # a workdir without a config: nothing to differ from
   workdir_lib.write(tmp_path, own)
   asked.update_from_flattened_dict(fields)
-  assert evaluate.folder_name(asked, tmp_path) == name
+  assert naming.named("report", asked, tmp_path) == name
 
 
 def test_other_features_have_a_report_of_their_own(tmp_path):
   own, asked = tiny.config("student"), tiny.config("student")
   workdir_lib.write(tmp_path, own)
   asked.evaluation.features = pca.config(components=8)
-  name = evaluate.folder_name(asked, tmp_path)
+  name = naming.named("report", asked, tmp_path)
   assert name.startswith("report-features=pca,components=8") and "/" not in name
   many = {f"policy.{k}": v for k, v in dict(components=12345678, logstd_width=12345678, dropout=0.123456789).items()}
   many |= {"method.total_substeps": 123456, "method.num_states": 123456, "sampling.h": 0.123456789,
@@ -165,7 +166,7 @@ def test_other_features_have_a_report_of_their_own(tmp_path):
   names = set()
   for seed in range(2):
     asked.update_from_flattened_dict(many | {"evaluation.seed": seed + 1})
-    names.add(evaluate.folder_name(asked, tmp_path))
+    names.add(naming.named("report", asked, tmp_path))
   assert len(names) == 2 and all(len(name) < 120 for name in names)
 
 

@@ -183,7 +183,7 @@ def test_a_run_is_measured_by_its_workdir_and_by_its_samples_file(tiny_teacher, 
   drawn = [f"--workdir={tiny_teacher}", "--config.sampling.nfe=2"]
   assert _evaluate(*drawn, *common, f"--reference={reference}", f"--keep={kept}") == (0, "")
   assert _evaluate(f"--samples={kept}", *common, f"--reference={reference}", f"--out={tmp_path / 'c.json'}") == (0, "")
-  a = json.loads((tiny_teacher / "fid" / "meanflow,20,nfe=2,seed=0.json").read_text())
+  a = json.loads((tiny_teacher / "fid" / "meanflow,20-nfe=2.json").read_text())
   c = json.loads((tmp_path / "c.json").read_text())
   assert a["values"]["fid"] > 1e-3 and a["count"] == 20 and a["labels"] == "balanced"
   for key, value in a["values"].items():
