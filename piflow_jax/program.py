@@ -95,6 +95,7 @@ def parse(program, argv):
   flags.DEFINE_integer("verbosity", None, "Of the libraries' messages: 0 warnings, 1 information.", flag_values=values)
   program.define(values)
   path, rest = _take_config(argv)
+  rest = [_spelled(word, values) for word in rest]
   overrides = [word for word in rest[1:] if word.startswith(("--config.", "-config.", "--noconfig."))]
   workdir = _value_of(rest, "workdir")
   config = None
@@ -256,6 +257,17 @@ def _has(config, dotted):
       return False
     config = config[name]
   return True
+
+
+def _spelled(word, values):
+  """A word of the command line as absl knows it: --teacher-steps=4 as --teacher_steps=4, --no-mirror as --nomirror."""
+  name, equals, value = word.partition("=")
+  known = name.replace("-", "_").lstrip("_")
+  if name.startswith("--") and known in values:
+    return f"--{known}{equals}{value}"
+  if name.startswith("--no-") and known.removeprefix("no_") in values:
+    return f"--no{known.removeprefix('no_')}{equals}{value}"
+  return word
 
 
 def _take_config(argv):

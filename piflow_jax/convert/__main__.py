@@ -30,9 +30,6 @@ from piflow_jax import weights
 from piflow_jax.convert import run
 from piflow_jax.models import autoencoder
 
-# absl knows --noema and --dry_run; people write dashes.
-_SPELLING = {"--no-ema": "--noema", "--dry-run": "--dry_run", "--max-shard-size": "--max_shard_size"}
-
 
 def _define(values):
   flags.DEFINE_string("source", None, "from-torch: a file, or a folder with one checkpoint.", flag_values=values)
@@ -43,11 +40,11 @@ def _define(values):
   flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to-torch: of the weights written.",
                     flag_values=values)
   flags.DEFINE_float("max_shard_size", 5.0, "to-torch: GB of weights in a file, before there is another (pi-Flow's "
-                     "release reads one file). Also --max-shard-size.", lower_bound=0.0, flag_values=values)
+                     "release reads one file).", lower_bound=0.0, flag_values=values)
   flags.DEFINE_string("step", None, "to-torch: the checkpoint to write: a step, or best; the newest if not given.",
                       flag_values=values)
   flags.DEFINE_bool("ema", True, "to-torch: averaged weights. --no-ema: the last ones.", flag_values=values)
-  flags.DEFINE_bool("dry_run", False, "Print the mapping, write nothing. Also --dry-run.", flag_values=values)
+  flags.DEFINE_bool("dry_run", False, "Print the mapping, write nothing.", flag_values=values)
 
 
 def _not_of(verb, values, *names):
@@ -86,11 +83,9 @@ def _is_autoencoder(argv):
 
 
 def program_of(argv):
-  """(Program, its command line) of `from-torch ...` or `to-torch ...`, as people spell it. Raises errors.UserError."""
-  words = [argument.partition("=") for argument in argv[1:]]
-  rest = [_SPELLING.get(name, name) + equals + value for name, equals, value in words]
-  verb = next((word for word in rest if word in ("from-torch", "to-torch")), None)
-  rest = [argv[0], *(word for word in rest if word != verb)]
+  """(Program, its command line) of `from-torch ...` or `to-torch ...`, as people write it. Raises errors.UserError."""
+  verb = next((word for word in argv[1:] if word in ("from-torch", "to-torch")), None)
+  rest = [argv[0], *(word for word in argv[1:] if word != verb)]
   if verb == "from-torch":
     return program.Program(_from_torch, _define, __doc__, config="optional"), rest
   if verb == "to-torch" or any(word.startswith(("--help", "-help", "-h")) for word in rest):

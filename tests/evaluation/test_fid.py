@@ -229,7 +229,7 @@ def test_a_teacher_is_measured_at_its_own_steps(tiny_teacher, inception, tmp_pat
     (["--samples=nowhere.npz", "--inception=GOOD", "--reference=GOOD"], ["--reference", "cannot be read as .npz"]),
     (["--samples=nowhere.npz", "--inception=GOOD", "--save_reference=r.npz"], ["--samples", "nowhere.npz"]),
     (["--real=train", "--inception=GOOD", "--save_reference=r.npz"], ["--samples: missing"]),
-    (["--self_test=", "--inception=GOOD"], ["--self_test: is empty"]),
+    (["--self-test=", "--inception=GOOD"], ["--self_test: is empty"]),
     ([], ["--workdir: missing", "--samples"]),
 ])
 def test_refusals(arguments, words, inception):
