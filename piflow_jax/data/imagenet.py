@@ -20,6 +20,7 @@ import json
 import sys
 import tempfile
 from typing import Any, Callable, NamedTuple
+import uuid
 
 from absl import flags
 from absl import logging
@@ -129,7 +130,9 @@ def _write_shard(job, folder, k, shards, numbers, bar):
   place, remote = folder / _name(k, shards), "://" in str(folder)
   with contextlib.ExitStack() as stack:
     local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory())) if remote else folder
-    partial = local / f".{place.name}.{k}.partial"
+    for stale in local.glob(f".{place.name}.*.partial"):  # of a process that was killed
+      stale.unlink(missing_ok=True)
+    partial = local / f".{place.name}.{uuid.uuid4().hex}.partial"
     count = latent_cache.write_shard(partial, records())
     known = {"name": place.name, "records": count, "bytes": partial.stat().length, "crc32": latent_cache.crc32(partial)}
     if remote:

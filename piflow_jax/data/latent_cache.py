@@ -8,6 +8,7 @@ array: mean and log variance of the posterior, [views, H, W, 2 C], unscaled; or,
 import json
 import math
 from typing import NamedTuple
+import uuid
 import zlib
 
 from array_record.python import array_record_data_source
@@ -87,8 +88,8 @@ def write_manifest(folder, manifest):
 
 
 def write_json(path, tree):
-  """Write a tree as JSON, whole or not at all."""
-  partial = path.with_name(path.name + ".partial")
+  """Write a tree as JSON, whole or not at all; several processes may write the same at once."""
+  partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
   partial.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
   partial.replace(path)
 

@@ -6,6 +6,7 @@ from typing import Callable, NamedTuple
 
 from etils import epath
 import numpy as np
+import tqdm
 
 from piflow_jax.data import images
 
@@ -57,7 +58,8 @@ def _of_tar(path):
   names, labels, places, classes = [], [], [], []
   try:
     with path.open("rb") as file, tarfile.open(fileobj=file) as outer:
-      for member in sorted(outer, key=lambda m: m.name):
+      members = sorted(outer, key=lambda m: m.name)
+      for member in tqdm.tqdm(members, unit="class", desc=f"index of {path.name}", disable=None):
         if not member.isfile() or not member.name.endswith(".tar"):
           continue
         classes.append(member.name.rpartition("/")[2].removesuffix(".tar"))
