@@ -178,23 +178,23 @@ def _evaluate(*arguments):
 def test_a_run_is_measured_by_its_workdir_and_by_its_samples_file(tiny_teacher, inception, tmp_path):
   reference, kept, other = (tmp_path / f"{name}.npz" for name in ("reference", "kept", "other"))
   assert _evaluate(f"--workdir={tiny_teacher}", "--real=train", "--count=24", f"--inception={inception}",
-                   f"--save_reference={reference}") == (0, "")
+                   f"--save-reference={reference}") == (0, "")
   common = [f"--inception={inception}", "--protocol=meanflow", "--count=20"]
   drawn = [f"--workdir={tiny_teacher}", "--config.sampling.nfe=2"]
-  assert _evaluate(*drawn, *common, f"--reference={reference}", f"--keep={kept}") == (0, "")
-  assert _evaluate(f"--samples={kept}", *common, f"--reference={reference}", f"--out={tmp_path / 'c.json'}") == (0, "")
-  a = json.loads((tiny_teacher / "fid" / "meanflow,20-nfe=2.json").read_text())
-  c = json.loads((tmp_path / "c.json").read_text())
-  assert a["values"]["fid"] > 1e-3 and a["count"] == 20 and a["labels"] == "balanced"
-  for key, value in a["values"].items():
-    if value is None:
-      assert key in ("precision", "recall") and c["values"][key] is None
-    else:
-      np.testing.assert_allclose(c["values"][key], value, rtol=1e-9, atol=1e-9)  # the same pictures
+  one, two = tmp_path / "one.npz", tmp_path / "two.npz"
+  assert _evaluate(*drawn, *common, f"--reference={reference}", f"--keep={kept}", f"--save-reference={one}") == (0, "")
+  report = json.loads((tiny_teacher / "fid" / "meanflow,20-nfe=2.json").read_text())
+  assert report["values"]["fid"] > 1e-3 and report["count"] == 20 and report["labels"] == "balanced"
+  assert report["values"]["precision"] is None and report["settings"]["nfe"] == 2
+  assert _evaluate(f"--samples={kept}", *common, f"--save-reference={two}") == (0, "")
+  with np.load(one) as a, np.load(two) as b:
+    assert a["count"] == b["count"] == 20
+    for name in ("mu", "sigma", "mu_s", "sigma_s", "rows"):
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-9, atol=1e-12, err_msg=name)  # the same pictures
   assert samples_file.shape_of(kept) == (20, 8, 8, 3)
   # In other batches XLA sums in another order, and a value in some thousand falls on the other side of a byte's edge.
   assert _evaluate(*drawn, *common, "--config.evaluation.batch_size=8", f"--keep={other}",
-                   f"--save_reference={tmp_path / 's.npz'}") == (0, "")
+                   f"--save-reference={tmp_path / 's.npz'}") == (0, "")
   one, two = (next(samples_file.batches(path, 20)).astype(int) for path in (kept, other))
   assert np.abs(one - two).max() <= 1 and (one != two).mean() < 0.01
 
@@ -204,7 +204,7 @@ def test_a_teacher_is_measured_at_its_own_steps(tiny_teacher, inception, tmp_pat
   """By a student's config alone: one step of Euler is x_0 = noise - u(noise, 1), in bytes."""
   arguments = [*tiny.arguments("student", tmp_path)[:1], *tiny.arguments("student", tmp_path)[2:],
                f"--config.teacher.checkpoint={tiny_teacher}", f"--inception={inception}", "--count=9",
-               "--teacher_steps=1", f"--keep={tmp_path / 'k.npz'}", f"--save_reference={tmp_path / 'r.npz'}"]
+               "--teacher_steps=1", f"--keep={tmp_path / 'k.npz'}", f"--save-reference={tmp_path / 'r.npz'}"]
   assert _evaluate(*arguments) == (0, "")
   config = tiny.config("teacher")
   built, mesh = build.run(config), build.mesh(config)
@@ -227,8 +227,8 @@ def test_a_teacher_is_measured_at_its_own_steps(tiny_teacher, inception, tmp_pat
     (["--self_test=x", "--inception=GOOD", "--count=5"], ["--count: --self_test does not read it"]),
     (["--samples=x.npz", "--inception=GOOD"], ["--reference: missing"]),
     (["--samples=nowhere.npz", "--inception=GOOD", "--reference=GOOD"], ["--reference", "cannot be read as .npz"]),
-    (["--samples=nowhere.npz", "--inception=GOOD", "--save_reference=r.npz"], ["--samples", "nowhere.npz"]),
-    (["--real=train", "--inception=GOOD", "--save_reference=r.npz"], ["--samples: missing"]),
+    (["--samples=nowhere.npz", "--inception=GOOD", "--save-reference=r.npz"], ["--samples", "nowhere.npz"]),
+    (["--real=train", "--inception=GOOD", "--save-reference=r.npz"], ["--samples: missing"]),
     (["--self-test=", "--inception=GOOD"], ["--self_test: is empty"]),
     ([], ["--workdir: missing", "--samples"]),
 ])
@@ -238,7 +238,7 @@ def test_refusals(arguments, words, inception):
 
 
 def test_a_run_that_cannot_be_measured_so_is_refused(tiny_teacher, inception, tmp_path):
-  own = [f"--workdir={tiny_teacher}", f"--inception={inception}", f"--save_reference={tmp_path / 'r.npz'}"]
+  own = [f"--workdir={tiny_teacher}", f"--inception={inception}", f"--save-reference={tmp_path / 'r.npz'}"]
   tiny.refused("piflow_jax.evaluate", [*own, "--teacher_steps=4"], "--teacher_steps", "has no teacher")
   tiny.refused("piflow_jax.evaluate", [*own, "--real=test"], "--real", "choose train or held_out")
   tiny.refused("piflow_jax.evaluate", [*own, f"--autoencoder={tiny_teacher}"], "--autoencoder", "no autoencoder")
@@ -252,7 +252,7 @@ def test_two_processes_measure_what_one_does(tiny_teacher, inception, tmp_path):
   for processes, devices in ((1, 2), (2, 1)):
     out, kept = tmp_path / f"{processes}.npz", tmp_path / f"kept{processes}.npz"
     command = [sys.executable, "-m", "piflow_jax.evaluate", f"--workdir={tiny_teacher}", f"--inception={inception}",
-               "--count=11", "--config.evaluation.batch_size=4", f"--save_reference={out}", f"--keep={kept}"]
+               "--count=11", "--config.evaluation.batch_size=4", f"--save-reference={out}", f"--keep={kept}"]
     done = subprocess.run(["launch/local.sh", str(processes), str(devices), *command], cwd=tiny.ROOT, text=True,
                           env=tiny.environment(JAX_PLATFORMS="cpu"), capture_output=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
