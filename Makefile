@@ -36,6 +36,7 @@ help:  ## what there is to make
 	@echo "== environment: the locked packages and PyTorch's into .venv-torch (a few minutes, once)"
 	@test -x .venv-torch/bin/python || $(PYTHON) -m venv .venv-torch
 	@.venv-torch/bin/python $(PIP) -r requirements.lock -r requirements-torch.lock
+	@.venv-torch/bin/python $(PIP) --no-deps torch-fidelity==0.4.0
 	@.venv-torch/bin/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -18,6 +18,7 @@ from piflow_jax.data import images
 from piflow_jax.data import latent_cache
 from piflow_jax.data import latents
 from piflow_jax.data import loader
+from piflow_jax.data import shards
 from piflow_jax.data import spec as spec_lib
 
 _BATCH = 256
@@ -48,7 +49,7 @@ def _write_cache(folder, count):
   rng = np.random.default_rng(0)
   arrays = rng.standard_normal((64, 2, 32, 32, 8)).astype(np.float16)
   name = "latents-00000-of-00001.array_record"
-  latent_cache.write_shard(folder / name, ((i % 10, arrays[i % 64]) for i in range(count)))
+  shards.write_records(folder / name, (latent_cache.encode(i % 10, arrays[i % 64]) for i in range(count)))
   counts = np.bincount(np.arange(count) % 10, minlength=10).tolist()
   latent_cache.write_manifest(folder, latent_cache.Manifest(
       count=count, views=2, shape=(32, 32, 4), moments=True, offset=(0.0,) * 4, scale=(0.18215,) * 4,

@@ -1,6 +1,7 @@
 """From a config to functions: hands every noun its surroundings; what a noun can check, it checks itself."""
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from piflow_jax import adam8
 from piflow_jax import config as config_lib
 from piflow_jax import errors
 from piflow_jax import flow as flow_lib
+from piflow_jax import lora as lora_lib
 from piflow_jax import params as params_lib
 from piflow_jax import sampler
 from piflow_jax import sharding
@@ -48,19 +50,22 @@ def run(config):
   shift = _made("flow", config.flow, tokens)
   velocity = _NO_NET if net is None else velocity_net(net, data.spec)
 
-  teacher, theirs, shapes = None, net, None
+  teacher, theirs, shapes, null = None, net, None, None if net is None else _null_of(data, net)
   if config.teacher is not None:
     if (own := config.teacher.get("network")) is not None:
       theirs = _made("teacher.network", own, data.spec)
-    teacher, shapes = _teacher(config, data, theirs)
+    teacher, shapes = _teacher(config, data, theirs, null if theirs is net else _null_of(data, theirs))
   student = None
   if config.policy is not None:
+    adapters = None if config.lora is None else _made("lora", config.lora)
     head = _made("policy", config.policy, jnp.dtype("float32" if net is None else net.dtype))
     trunk = shapes if teacher is not None and teacher.params is None else None
     if net is None:
       _no_network()
     with field(""):
-      student = student_lib.make(net, head, data.spec, trained=config.trained, teacher_shapes=trunk)
+      student = student_lib.make(net, head, data.spec, trained=config.trained, teacher_shapes=trunk, lora=adapters)
+  elif config.lora is not None:
+    raise errors.UserError("config.lora: only a student has adapters, and config.policy is not set")
   elif tuple(config.trained) != (".*",):
     raise errors.UserError("config.trained: only a student with a policy is trained in part; set (\".*\",)")
   two_times = None
@@ -70,11 +75,11 @@ def run(config):
   inherits = teacher is not None and teacher.params is None and bool(config.teacher.get("checkpoint"))
   parts = method_lib.Parts(
       shift=shift, velocity=velocity, two_times=two_times, student=student, teacher=teacher,
-      null=None if net is None else net.null, inherits=inherits)
+      null=null, inherits=inherits)
   method = _made("method", config.method, parts)
   with field("sampling"):
     method.calls(config.sampling.nfe, config.sampling.h)
-  rules = adam8.SHARDING + (net.sharding if net is not None else ())
+  rules = adam8.SHARDING + lora_lib.SHARDING + (net.sharding if net is not None else ())
   if theirs is not None and theirs is not net:
     rules += theirs.sharding
   if teacher is not None and teacher.params is not None or net is None:
@@ -108,10 +113,21 @@ def _net(module, spec, two_times=False):
   return method_lib.Net(init, apply)
 
 
-def _teacher(config, data, network):
+def _null_of(data, network):
+  """cond -> the condition of guidance's unconditional pass, or None: the data's where they have one, a text's say."""
+  if data.null is None:
+    return network.null
+  one = functools.cache(data.null)  # read where guidance is, not to draw samples without any
+
+  def null(cond):
+    return cond | {k: jnp.broadcast_to(jnp.asarray(v), cond[k].shape).astype(cond[k].dtype) for k, v in one().items()}
+
+  return null
+
+
+def _teacher(config, data, network, null):
   """(Teacher, shapes of its parameters) of config.teacher."""
   net = _NO_NET if network is None else velocity_net(network, data.spec)
-  null = None if network is None else network.null
   teacher = _made("teacher", config.teacher, net, null, data.spec)
   if teacher.params is not None:
     return teacher, jax.eval_shape(teacher.params)

@@ -77,12 +77,14 @@ def base():
   c.batch_size = 128  # over all devices and microbatches
   c.microbatches = 1  # gradient accumulation: the batch is worked through in so many parts
   c.accumulator = "float32"  # what gradients of microbatches are summed in; or "bfloat16"
-  # Patterns of the parameters' paths that are trained; all others stay the teacher's and exist once.
+  # Patterns of the parameters' paths that are trained; all others stay the teacher's and exist once. Adapters are
+  # trained in any case.
   c.trained = (".*",)
 
   nothing = config_dict.placeholder  # a field each: fields that share a reference change together
   c.data = nothing(object)  # records, e.g. piflow_jax.data.digits.config()
   c.network = nothing(object)  # e.g. piflow_jax.models.dit.config(); the teacher's too, unless that has its own
+  c.lora = nothing(object)  # adapters of a student's frozen matrices: piflow_jax.lora.config()
   c.policy = nothing(object)  # what a student returns: config() of policy.gmm, policy.dx or policy.parallel
   c.method = nothing(object)  # how: config() of distill.flow_matching, .imitation, .parallel_decoding, .meanflow
   c.teacher = nothing(object)  # piflow_jax.teacher.config() or .exact_config()

@@ -35,17 +35,26 @@ def is_any(patterns, name):
   return any(ends_with(pattern, name) for pattern in patterns)
 
 
+def nested(leaves):
+  """The nested dict of {path name: leaf}."""
+  found = {}
+  for name, leaf in leaves.items():
+    *parents, last = name.split("/")
+    node = found
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return found
+
+
 def select(tree, keep):
   """The nested dict of those leaves whose path `keep(name)` holds for; branches without any are left out."""
-  found = {}
-  for name, leaf in named_leaves(tree).items():
-    if keep(name):
-      *parents, last = name.split("/")
-      node = found
-      for parent in parents:
-        node = node.setdefault(parent, {})
-      node[last] = leaf
-  return found
+  return nested({name: leaf for name, leaf in named_leaves(tree).items() if keep(name)})
+
+
+def joined(*trees):
+  """The nested dict of all leaves of several; of one path the last tree's."""
+  return nested({name: leaf for tree in trees for name, leaf in named_leaves(tree).items()})
 
 
 def overlay(base, params, like):

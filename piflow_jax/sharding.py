@@ -81,14 +81,14 @@ def platform():
   return "gpu" if found in ("cuda", "rocm") else found
 
 
-def per_device(f, spec):
-  """f of arrays laid out as `spec` says; each device of the current trace's mesh runs f on its own part."""
+def per_device(f, in_specs, out_spec):
+  """f of arrays laid out as the specs say; each device of the current trace's mesh runs f on its own part."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return f
 
   def split(*args):
-    return jax.shard_map(f, in_specs=(spec,) * len(args), out_specs=spec, check_vma=False)(*args)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_spec, check_vma=False)(*args)
 
   return split
 

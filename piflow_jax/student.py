@@ -1,11 +1,14 @@
 """A student: what is trained of a network under a policy's head, over the base that its teacher is."""
 
+import contextlib
 from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from piflow_jax import lora as lora_lib
 from piflow_jax import params as params_lib
+from piflow_jax.models import layers
 
 
 class Student(NamedTuple):
@@ -14,9 +17,10 @@ class Student(NamedTuple):
   head: Any  # makes policies of what the network says
   init: Callable  # (key, teacher_params or None) -> trained leaves
   tree: Callable  # (params, base) -> the whole tree: trained leaves over the base's
-  policy: Callable  # (params, base, x [B, ...], t [B] noise level, cond, clock, eps=1e-6) -> policy
+  policy: Callable  # (params, base, x [B, ...], t [B] noise level, cond, clock, eps=1e-6, keys=None) -> policy
   trained: Any  # shapes of the trained leaves
   frozen: Any  # shapes of those that come from the base; {} where all is trained
+  noisy: bool = False  # whether training gives `policy` the samples' keys [B], which adapters drop their inputs by
 
 
 def inputs(spec):
@@ -33,7 +37,7 @@ def fitting(tree, theirs):
   return params_lib.select(theirs, mine.__contains__)
 
 
-def make(network, head, spec, *, trained=(".*",), teacher_shapes=None):
+def make(network, head, spec, *, trained=(".*",), teacher_shapes=None, lora=None):
   """The student of a network and a policy's head.
 
   Args:
@@ -42,6 +46,7 @@ def make(network, head, spec, *, trained=(".*",), teacher_shapes=None):
     spec: data.spec.Spec of the records.
     trained: patterns of the paths that are trained.
     teacher_shapes: tree of the teacher network's parameters, None where it has none that a student could start from.
+    lora: `lora.Lora` of the adapters, which are trained beside; None where there are none.
   Raises:
     ValueError: nothing is trained, or what is not trained is not the teacher's.
   """
@@ -52,7 +57,9 @@ def make(network, head, spec, *, trained=(".*",), teacher_shapes=None):
   fits = bool(fitting({k: v for k, v in shapes.items() if k != "head"}, trunk_shapes))
   mine = params_lib.select(shapes, lambda name: params_lib.is_any(trained, name))
   frozen = params_lib.select(shapes, lambda name: not params_lib.is_any(trained, name))
-  if not mine:
+  adapters = lora_lib.shapes_of(lora, shapes) if lora else {}
+  everything = params_lib.joined(shapes, adapters)
+  if not mine and not adapters:
     raise ValueError(f"trained: {tuple(trained)} names no array of this network; \".*\" names all")
   inherited = {name: leaf.shape for name, leaf in params_lib.named_leaves(theirs).items()}
   lost = [name for name, leaf in params_lib.named_leaves(frozen).items() if inherited.get(name) != leaf.shape]
@@ -61,20 +68,26 @@ def make(network, head, spec, *, trained=(".*",), teacher_shapes=None):
   frozen = params_lib.select(theirs, params_lib.named_leaves(frozen).__contains__)  # in the type in which they are kept
 
   def init(key, teacher_params):
-    fresh_key, head_key = jax.random.split(key)
+    fresh_key, head_key, *lora_key = jax.random.split(key, 3 if adapters else 2)
     fresh = net.init(fresh_key, *given)["params"]
     if fits and teacher_params is not None:
       trunk = {k: v for k, v in teacher_params.items() if k != "head"}
       whole = params_lib.overlay(fresh, fitting(fresh, trunk), fresh) | {
           "head": head.from_teacher(teacher_params["head"], fresh["head"], head_key)}
       fresh = jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), whole, shapes)
-    return params_lib.select(fresh, lambda name: params_lib.is_any(trained, name))
+    fresh = params_lib.select(fresh, lambda name: params_lib.is_any(trained, name))
+    return params_lib.joined(fresh, lora_lib.init(adapters, *lora_key)) if adapters else fresh
 
   def tree(params, base):
-    return params_lib.overlay(base if frozen else {}, params, shapes)
+    whole = params_lib.overlay(base if frozen else {}, params, everything)
+    return lora_lib.scaled(whole, lora.scale) if adapters else whole
 
-  def policy(params, base, x, t, cond, clock, eps=1e-6):
-    out = net.apply({"params": tree(params, base)}, x, t, cond)
+  def policy(params, base, x, t, cond, clock, eps=1e-6, keys=None):
+    # One key for the batch: a layer draws one mask for all samples' tokens. Of all draws of a run these alone depend on
+    # which samples share a microbatch.
+    rngs = {} if keys is None else {layers.DROPOUT: keys[0]}
+    with lora_lib.adapted(lora.dropout) if adapters else contextlib.nullcontext():
+      out = net.apply({"params": tree(params, base)}, x, t, cond, rngs=rngs)
     return head.to_policy(out, x, t, clock, eps=eps)
 
-  return Student(head, init, tree, policy, mine, frozen)
+  return Student(head, init, tree, policy, params_lib.joined(mine, adapters), frozen, bool(lora and lora.dropout))

@@ -10,10 +10,10 @@ from piflow_jax import config as config_lib
 from piflow_jax import errors
 
 _FORMAT = 2  # of config.json; 1 was a flat table of fields that do not exist any more
-_NOUNS = ("data", "network", "policy", "method", "teacher", "flow")
+_NOUNS = ("data", "network", "lora", "policy", "method", "teacher", "flow")
 _CHOOSE = "choose a folder that you may write"
 _MEND = "put back the one that the run was begun with, or choose another workdir"
-_MEANING = ("network", "policy", "method", "flow")  # nouns that say what weights are
+_MEANING = ("network", "lora", "policy", "method", "flow")  # nouns that say what weights are
 
 
 def path_of(text, flag="--workdir"):

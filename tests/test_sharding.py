@@ -111,7 +111,7 @@ def test_each_device_its_own_part():
   mesh = sharding.make_mesh(2, 2, 2)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     split = jax.sharding.NamedSharding(mesh, P(sharding.SAMPLES, "tensor"))
-    sizes = sharding.per_device(lambda x: x + x.shape[0] * 10 + x.shape[1], split.spec)
+    sizes = sharding.per_device(lambda x: x + x.shape[0] * 10 + x.shape[1], split.spec, split.spec)
     parts = jax.jit(sizes, in_shardings=split)(jnp.zeros((8, 6)))
   assert (parts == 23).all()
-  assert (sharding.per_device(jnp.sin, P())(jnp.ones(3)) == jnp.sin(1)).all()
+  assert (sharding.per_device(jnp.sin, P(), P())(jnp.ones(3)) == jnp.sin(1)).all()

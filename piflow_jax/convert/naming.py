@@ -46,6 +46,11 @@ class Weights(NamedTuple):
     return {path: tuple(leaf.shape) for path, leaf in self.leaves.items()}
 
   @property
+  def alone(self):
+    """These, less the leaves that are the teacher's."""
+    return self._replace(leaves={path: leaf for path, leaf in self.leaves.items() if path not in self.frozen})
+
+  @property
   def stored(self):
     """{path: shape} of the leaves in the run's checkpoints."""
     return {path: shape for path, shape in self.shapes.items() if path not in self.frozen}
@@ -78,6 +83,7 @@ class Naming(NamedTuple):
     rows: Weights -> table of rows.
     about: Weights -> the naming's own part of an export's config.json, under "piflow_jax" what sampling needs of it.
     students: whether there are names for a student's head.
+    alone: whether a student's file has its trained arrays alone, and leaves the frozen ones to the teacher's.
     network: fields of the network without which the weights mean something else.
     unless_stated: such fields where no config.json beside the weights says otherwise.
     stated: config.json -> such fields, as it says them; raises ValueError for values that are none.
@@ -99,6 +105,7 @@ class Naming(NamedTuple):
   rows: Callable
   about: Callable
   students: bool = False
+  alone: bool = False
   network: dict = {}
   unless_stated: dict = {}
   stated: Callable = _nothing

@@ -88,7 +88,7 @@ def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32
       policy, constants, beside = None, {}, ()
     else:
       weights = trees.of_run(workdir, config, shapes)
-      using, entries, about = _write_plan(weights, naming)
+      weights, using, entries, about = _write_plan(weights, naming)
       policy, constants, beside = weights.policy, using.constants(weights), using.beside
       read = _over_teachers(weights, read, stack)
     if dry_run:
@@ -163,6 +163,8 @@ def _read_plan(source, config, name, naming):
     weights = trees.of_file(source, teacher, own, stored, naming.rows(teacher))
   else:
     weights = named[0]  # the other is of a network that does not go by these names
+  if naming.alone and weights.frozen:
+    weights = weights.alone
   trees.check_network(weights, naming.says, naming.unless_stated | stated | naming.network)
   trees.check_file(source, weights, stored, latents)
   rows, constants = naming.rows(weights), naming.constants(weights)
@@ -184,7 +186,7 @@ def _read_plan(source, config, name, naming):
 
 
 def _write_plan(weights, given):
-  """(Naming, table entries, config.json) of an export, after all checks."""
+  """(Weights that are written, Naming, table entries, config.json) of an export, after all checks."""
   namings = _namings(weights.network)
   name = _chosen(given, namings) if given else next(iter(namings))
   naming = namings[name]
@@ -193,17 +195,19 @@ def _write_plan(weights, given):
   if why := naming.refuse(weights):
     raise errors.UserError(f"--format: {name}: {why}; --format=paths writes every array under its own path")
   trees.check_network(weights, naming.says, naming.network)
+  if naming.alone and weights.frozen:
+    weights = weights.alone
   entries = table.entries(naming.rows(weights), weights.shapes, naming.says)
   about = naming.about(weights)
   about["piflow_jax"] = naming_lib.settings(weights, name) | about["piflow_jax"]
   if remark := naming.remark(weights, None):
     print(remark, flush=True)
-  return naming, entries, about
+  return weights, naming, entries, about
 
 
 def _over_teachers(weights, read, stack):
   """read(path) of a student's leaves, and of the teacher's where its own checkpoints leave them to it."""
-  if not weights.frozen:
+  if not weights.frozen & weights.leaves.keys():
     return read
   c, field = weights.config.teacher, "config.teacher.checkpoint"
   if not c.checkpoint:

@@ -106,6 +106,47 @@ class Patches:
 
 
 @dataclasses.dataclass(frozen=True)
+class PackedPatches(Patches):
+  """A linear layer on patches [p p C, D] <-> one on packed patches (D, C p p), FLUX's order: channels come first."""
+
+  def shape_there(self, shape):
+    return shape[1], shape[0]
+
+  def here(self, x, shape):
+    patch = self.patch
+    return super().here(x.reshape(x.shape[0], -1, patch, patch), shape)
+
+  def there(self, x):
+    return super().there(x).reshape(self.shape_there(x.shape))
+
+
+class Packed:
+  """An output layer [D, cells, ...] <-> (... cells, D): in packed patches a token's cells count fastest."""
+
+  def shape_there(self, shape):
+    return math.prod(shape[1:]), shape[0]
+
+  def here(self, x, shape):
+    return np.moveaxis(x.T.reshape(shape[0], *shape[2:], shape[1]), -1, 1)
+
+  def there(self, x):
+    return np.moveaxis(x, 1, -1).reshape(x.shape[0], -1).T
+
+
+class PackedFlat:
+  """The bias of such a layer: [cells, ...] <-> (... cells)."""
+
+  def shape_there(self, shape):
+    return (math.prod(shape),)
+
+  def here(self, x, shape):
+    return np.moveaxis(x.reshape(*shape[1:], shape[0]), -1, 0)
+
+  def there(self, x):
+    return np.moveaxis(x, 0, -1).reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Negated:
   """A transform with the opposite sign: of an output that means the opposite."""
 

@@ -63,7 +63,7 @@ def of_file(source, teacher, own, stored, rows):
   """
   names = {key: row.here for row in rows for key in row.there}
   heads = {names.get(key, key) for key in source.shapes if names.get(key, key).startswith("head/")}
-  others = heads - teacher.leaves.keys()
+  others = heads - teacher.leaves.keys() | {key for key in source.shapes if ".lora_A." in key}
   alone = stored is None and not source.config  # the shapes alone have to say
   ours = source.config.get("piflow_jax")
   said = isinstance(ours, dict) and ours.get("role") == "student"
@@ -188,9 +188,11 @@ def config_for(weights, own):
   """The config of a run that would have these weights in its checkpoints; `own` are those that their config trains."""
   c = weights.config.copy_and_resolve_references()
   with c.unlocked():
-    c.trained = (".*",)  # a file has all arrays
-    if weights is not own:
+    if weights.frozen <= weights.leaves.keys():
+      c.trained = (".*",)  # the file has all arrays
+    if weights.role == "teacher" and weights is not own:
       c.network, c.policy, c.teacher, c.method = weights.network, None, None, flow_matching.config()
+      c.lora, c.trained = None, (".*",)
       c.evaluation.checks, c.sampling.nfe = (), _TEACHER_CALLS
       if not weights.spec.cond:
         c.method.label_dropout = 0.0

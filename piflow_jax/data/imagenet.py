@@ -13,14 +13,11 @@ after a kill, and the bytes at the end are the same. --config.data.path=DIR of c
 """
 
 from concurrent import futures
-import contextlib
 import functools
 import hashlib
 import json
 import sys
-import tempfile
 from typing import Any, Callable, NamedTuple
-import uuid
 
 from absl import flags
 from absl import logging
@@ -37,9 +34,9 @@ from piflow_jax import workdir as workdir_lib
 from piflow_jax.data import foreign_caches
 from piflow_jax.data import images
 from piflow_jax.data import latent_cache
+from piflow_jax.data import shards
 from piflow_jax.data import sources
 
-_SETTINGS = "settings.json"
 _THREADS = 8
 _SKIPPED, _SKIPPED_SHARE = 100, 1e-4  # pictures that may be undecodable, whichever is more
 
@@ -58,60 +55,45 @@ class Job(NamedTuple):
   settings: dict  # what else decides the bytes, for the manifest
 
 
-def make(job, folder, shards, process=0, processes=1):
+def make(job, folder, count, process=0, processes=1):
   """Write this process's shards, and the manifest once all of them are there.
 
   Args:
     job: Job.
     folder: epath.Path.
-    shards: into how many.
+    count: shards, so many.
     process, processes: shard k is process k % processes's.
   Returns:
     The Manifest, or None where shards of other processes are not there yet.
   Raises:
     errors.UserError: the folder holds another cache, or too many pictures cannot be decoded.
   """
-  folder.mkdir(parents=True, exist_ok=True)
-  _claim(job, folder, shards)
-  edges = [k * len(job.names) // shards for k in range(shards + 1)]
-  mine = [k for k in range(shards) if k % processes == process]
-  left = [k for k in mine if not _sidecar(folder, k, shards).exists()]
+  _claim(job, folder, count)
+  edges = [k * len(job.names) // count for k in range(count + 1)]
+  mine = [k for k in range(count) if k % processes == process]
+  left = [k for k in mine if not _sidecar(folder, k, count).exists()]
   total = sum(edges[k + 1] - edges[k] for k in mine)
   done = total - sum(edges[k + 1] - edges[k] for k in left)
   with tqdm.tqdm(total=total, initial=done, unit="image", desc=str(folder)) as bar:
     for k in left:
-      _write_shard(job, folder, k, shards, range(edges[k], edges[k + 1]), bar)
-  return finish(job, folder, shards)
+      _write_shard(job, folder, k, count, range(edges[k], edges[k + 1]), bar)
+  return finish(job, folder, count)
 
 
-def _claim(job, folder, shards):
+def _claim(job, folder, count):
   """Raises errors.UserError: the folder holds a cache of something else."""
-  names = hashlib.sha256("\0".join(job.names).encode("utf-8", "surrogateescape")).hexdigest()
-  ours = json.loads(json.dumps(job.settings | {"items": len(job.names), "names": names, "shards": shards,
-                                               "classes": job.classes, "views": job.views}))
-  path = folder / _SETTINGS
-  if not path.exists():
-    latent_cache.write_json(path, ours)
-    return
-  try:
-    theirs = json.loads(path.read_text())
-  except ValueError as e:
-    raise errors.UserError(f"--out: {path} cannot be read ({e}); choose another folder") from e
-  if theirs != ours:
-    differ = [k for k in ours if not isinstance(theirs, dict) or theirs.get(k) != ours[k]]
-    raise errors.UserError(f"--out: {folder} was begun with another {', '.join(differ) or 'setting'}; choose another "
-                           "folder, or say what was said then")
+  shards.claim(folder, job.settings | {"shards": count, "classes": job.classes, "views": job.views}, job.names)
 
 
-def _name(k, shards):
-  return f"latents-{k:05}-of-{shards:05}.array_record"
+def _name(k, count):
+  return f"latents-{k:05}-of-{count:05}.array_record"
 
 
-def _sidecar(folder, k, shards):
-  return folder / f"{_name(k, shards)}.json"
+def _sidecar(folder, k, count):
+  return shards.sidecar(folder, _name(k, count))
 
 
-def _write_shard(job, folder, k, shards, numbers, bar):
+def _write_shard(job, folder, k, count, numbers, bar):
   """A shard, then what is known of it: where that lies beside it, it is whole."""
   sums, counts, skipped = latent_cache.Channels(job.shape[2]), {}, []
 
@@ -121,42 +103,32 @@ def _write_shard(job, folder, k, shards, numbers, bar):
       if label is None:
         logging.warning("%s cannot be decoded (%s): left out", job.names[number], array)
         skipped.append(job.names[number])
-        _check_skipped(job, folder, shards, skipped)
+        _check_skipped(job, folder, count, skipped)
         continue
       counts[label] = counts.get(label, 0) + 1
       sums.update(np.asarray(array, np.float16), job.moments)
-      yield label, array
+      yield latent_cache.encode(label, array)
 
-  place, remote = folder / _name(k, shards), "://" in str(folder)
-  with contextlib.ExitStack() as stack:
-    local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory())) if remote else folder
-    for stale in local.glob(f".{place.name}.*.partial"):  # of a process that was killed
-      stale.unlink(missing_ok=True)
-    partial = local / f".{place.name}.{uuid.uuid4().hex}.partial"
-    count = latent_cache.write_shard(partial, records())
-    known = {"name": place.name, "records": count, "bytes": partial.stat().length, "crc32": latent_cache.crc32(partial)}
-    if remote:
-      partial.copy(place, overwrite=True)
-    else:
-      partial.replace(place)
-  found = {"shard": known, "counts": {str(label): n for label, n in sorted(counts.items())}, "skipped": skipped,
-           "cells": sums.count, "total": list(sums.total), "square": list(sums.square)}
-  latent_cache.write_json(_sidecar(folder, k, shards), found)
+  def known():
+    return {"counts": {str(label): n for label, n in sorted(counts.items())}, "skipped": skipped,
+            "cells": sums.count, "total": list(sums.total), "square": list(sums.square)}
+
+  shards.write(folder, _name(k, count), records(), known)
 
 
-def _check_skipped(job, folder, shards, here):
+def _check_skipped(job, folder, count, here):
   """Raises errors.UserError: too many pictures could not be decoded."""
-  known = [json.loads(path.read_text())["skipped"] for path in (_sidecar(folder, k, shards) for k in range(shards))
+  known = [json.loads(path.read_text())["skipped"] for path in (_sidecar(folder, k, count) for k in range(count))
            if path.exists()]
-  count, most = len(here) + sum(map(len, known)), max(_SKIPPED, int(_SKIPPED_SHARE * len(job.names)))
-  if count > most:
-    raise errors.UserError(f"--source: {count} of {len(job.names)} pictures cannot be decoded, the last {here[-1]}; "
+  failed, most = len(here) + sum(map(len, known)), max(_SKIPPED, int(_SKIPPED_SHARE * len(job.names)))
+  if failed > most:
+    raise errors.UserError(f"--source: {failed} of {len(job.names)} pictures cannot be decoded, the last {here[-1]}; "
                            "look at the source")
 
 
-def finish(job, folder, shards):
+def finish(job, folder, count):
   """The Manifest, written, or None where shards are missing. Whoever writes it writes the same."""
-  paths = [_sidecar(folder, k, shards) for k in range(shards)]
+  paths = [_sidecar(folder, k, count) for k in range(count)]
   if not all(path.exists() for path in paths):
     return None
   found = [json.loads(path.read_text()) for path in paths]

@@ -8,20 +8,17 @@ array: mean and log variance of the posterior, [views, H, W, 2 C], unscaled; or,
 import json
 import math
 from typing import NamedTuple
-import uuid
-import zlib
 
 from array_record.python import array_record_data_source
-from array_record.python import array_record_module
 from etils import epath
 import numpy as np
+
+from piflow_jax.data import shards
 
 FILE, FORMAT = "manifest.json", 1
 LEAST, MOST = -30.0, 20.0  # of a log variance, as Stable Diffusion's own code has it
 # Of Stable Diffusion's latents of ImageNet's training images, unscaled, by channel (improved MeanFlow's vae_util.py).
 KNOWN = {"mean": (0.865, -0.278, 0.216, 0.374), "deviation": (4.855, 5.319, 3.937, 3.987)}
-_OPTIONS = "group_size:1,uncompressed"  # records are read at random: one alone, as it is
-_CHUNK = 1 << 24
 
 
 class Manifest(NamedTuple):
@@ -61,37 +58,9 @@ def decode(data, shape):
   return int.from_bytes(data[:4], "little", signed=True), np.frombuffer(data, "<f2", offset=4).reshape(shape)
 
 
-def write_shard(path, records):
-  """Write (label, array) records to a local file; returns how many."""
-  writer, count = array_record_module.ArrayRecordWriter(str(path), _OPTIONS), 0
-  try:
-    for label, array in records:
-      writer.write(encode(label, array))
-      count += 1
-  finally:
-    writer.close()
-  return count
-
-
-def crc32(path):
-  """CRC-32 of a file's bytes."""
-  found = 0
-  with epath.Path(path).open("rb") as file:
-    while part := file.read(_CHUNK):
-      found = zlib.crc32(part, found)
-  return found
-
-
 def write_manifest(folder, manifest):
   """Write manifest.json, whole or not at all."""
-  write_json(epath.Path(folder) / FILE, {"format": FORMAT} | manifest._asdict())
-
-
-def write_json(path, tree):
-  """Write a tree as JSON, whole or not at all; several processes may write the same at once."""
-  partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-  partial.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
-  partial.replace(path)
+  shards.write_json(epath.Path(folder) / FILE, {"format": FORMAT} | manifest._asdict())
 
 
 def read_manifest(folder):
@@ -118,15 +87,10 @@ def read_manifest(folder):
       raise ValueError("its counts of classes do not add up")
     if found.views not in (1, 2) or sum(shard["records"] for shard in found.shards) != found.count:
       raise ValueError("its counts of records do not add up")
-    sizes = {shard["name"]: shard["bytes"] for shard in found.shards}
   except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as e:
     raise ValueError(f"path: {path} is no manifest of this program ({type(e).__name__}: {e}); make the cache "
                      "again") from e
-  for name, size in sizes.items():
-    if not (folder / name).exists():
-      raise ValueError(f"path: {folder} lacks the shard {name}; copy it again")
-    if (there := (folder / name).stat().length) != size:
-      raise ValueError(f"path: {folder / name} has {there} bytes, its manifest says {size}: is it torn? Copy it again")
+  shards.check_files(folder, found.shards)
   return found
 
 
@@ -146,9 +110,7 @@ def check(folder, bar=None):
   folder = epath.Path(folder)
   manifest = read_manifest(folder)
   counts, sums = np.zeros(len(manifest.classes), np.int64), Channels(manifest.shape[2])
-  for shard in manifest.shards:
-    if crc32(folder / shard["name"]) != shard["crc32"]:
-      raise ValueError(f"path: {folder / shard['name']} is not what was written: its CRC-32 differs. Copy it again")
+  shards.check_sums(folder, manifest.shards)
   for number, data in enumerate(open_records(folder, manifest)):
     try:
       label, array = decode(data, manifest.stored)

@@ -53,6 +53,7 @@ class Data(NamedTuple):
   # more, and samples are drawn where the data are not.
   found: Mapping[str, Any] = types.MappingProxyType({})
   stored: Callable[[], Stored] | None = None  # what training reads in the place of `records`
+  null: Callable[[], dict] | None = None  # () -> one record's cond, without its batch: of guidance's unconditional pass
 
 
 def stored(data):

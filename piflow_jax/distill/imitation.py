@@ -52,7 +52,8 @@ def make(parts, *, nfe, final_scale, total_substeps, num_states, window_substeps
   trained = flow.Clock(parts.shift, total_substeps=total_substeps, nfe=nfe, final_scale=final_scale)
   segment_fn = segment(
       functools.partial(student.policy, clock=trained), teacher.velocity, student.head.perturb, trained,
-      Matching(window_substeps, label, loss_scale), num_states=num_states, num_decay_steps=num_decay_steps)
+      Matching(window_substeps, label, loss_scale), num_states=num_states, num_decay_steps=num_decay_steps,
+      noisy=student.noisy)
 
   def flow_map(params, base, cond, clock):
     last = clock.warp(clock.step_times()[-2])
@@ -200,7 +201,7 @@ def teacher_ratio_at(step, num_decay_steps):
   return 0 if num_decay_steps == 0 else jnp.maximum(1 - step / num_decay_steps, 0.0)
 
 
-def segment(student, teacher, perturb, clock, matching, *, num_states, num_decay_steps=0):
+def segment(student, teacher, perturb, clock, matching, *, num_states, num_decay_steps=0, noisy=False):
   """`segment_loss` of a student, as `segments.on_data` and `segments.data_free` take it.
 
   Args:
@@ -211,11 +212,13 @@ def segment(student, teacher, perturb, clock, matching, *, num_states, num_decay
     matching: Matching.
     num_states: M, teacher queries a segment.
     num_decay_steps: of `teacher_ratio_at`.
+    noisy: the student takes keys=[B] too, which its network draws from in training.
   """
   def segment_fn(params, teacher_params, x_src, tau_src, length, cond, keys, step):
     key_perturb, key_policy, key_teacher = segments.split(keys, 3)
     draws = Draws(segments.draw_uniform(key_policy, num_states), segments.draw_uniform(key_teacher, num_states - 1))
-    policy = student(params, teacher_params, x_src, clock.warp(tau_src), cond)
+    more = {"keys": jax.vmap(jax.random.fold_in, (0, None))(key_perturb, 1)} if noisy else {}
+    policy = student(params, teacher_params, x_src, clock.warp(tau_src), cond, **more)
     behaviour = perturb(jax.lax.stop_gradient(policy), key_perturb)
 
     def velocity(x, t):

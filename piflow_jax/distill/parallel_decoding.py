@@ -50,7 +50,7 @@ def make(parts, *, min_block, max_block, label, loss_scale, data_free):
   blocks = intervals // min_block
   trained = flow.Clock(parts.shift, total_substeps=intervals, nfe=blocks, final_scale=1.0)
   segment_fn = segment(functools.partial(student.policy, clock=trained), teacher.velocity, trained,
-                       max_block=max_block, method=label, loss_scale=loss_scale)
+                       max_block=max_block, method=label, loss_scale=loss_scale, noisy=student.noisy)
 
   def flow_map(params, base, cond, clock):
     tree = student.tree(params, base)
@@ -85,7 +85,7 @@ def make(parts, *, min_block, max_block, label, loss_scale, data_free):
       per_call=False, calls=calls)
 
 
-def segment(student, teacher, clock, *, max_block, method="midpoint", loss_scale=1.0):
+def segment(student, teacher, clock, *, max_block, method="midpoint", loss_scale=1.0, noisy=False):
   """The loss of one block: 0.5 scale mean (u_k - teacher's mean velocity in interval k)^2 at random k (method.md, 8).
 
   The state at k comes from the student's own velocities, which are not differentiated. A midpoint label calls the
@@ -98,6 +98,7 @@ def segment(student, teacher, clock, *, max_block, method="midpoint", loss_scale
     max_block: L_max, how many intervals from the block's start on are trained.
     method: "euler" or "midpoint", of `flow.mean_velocity`.
     loss_scale: factor of the loss.
+    noisy: the student takes keys=[B] too, which its network draws from in training.
   Returns:
     segment_fn of `segments`; its x_dst is the student's state at the end of the stride.
   """
@@ -105,7 +106,8 @@ def segment(student, teacher, clock, *, max_block, method="midpoint", loss_scale
 
   def segment_fn(params, teacher_params, x_src, tau_src, length, cond, keys, step):
     del step
-    policy = student(params, teacher_params, x_src, clock.warp(tau_src), cond)
+    more = {"keys": jax.vmap(jax.random.fold_in, (0, None))(keys, 1)} if noisy else {}
+    policy = student(params, teacher_params, x_src, clock.warp(tau_src), cond, **more)
     behaviour = jax.lax.stop_gradient(policy)
     start = jnp.round((1 - tau_src) * intervals)
     count = jnp.minimum(start + max_block, intervals) - start

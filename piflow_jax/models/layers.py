@@ -12,6 +12,8 @@ from piflow_jax import sharding
 from piflow_jax.models import attention
 from piflow_jax.models import network
 
+DROPOUT = "lora"  # the stream of random keys that adapters drop their inputs by (lora.py)
+
 
 def sincos_positions(height, width, dim):
   """Fixed 2-D sine-cosine table of DiT (arXiv 2212.09748): [height * width, dim], x first, then y."""
@@ -56,6 +58,11 @@ def patches(shape, patch):
 def positions(shape):
   """The Layout of a token for each position of x_0 [..., C]: video [T, H, W, C], or a point [C], which is one token."""
   return network.Layout(1, functools.partial(jnp.squeeze, axis=2), tuple(shape))
+
+
+def gather(x):
+  """x, gathered from all of `fsdp` before anything is done with it."""
+  return sharding.constrain(x)
 
 
 def gathered(*spec):

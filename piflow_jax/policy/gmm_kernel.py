@@ -63,4 +63,4 @@ def integrate(run, per_position, per_sample, *, interpret=False):
 
   n = len(per_position)
   # XLA cannot split a Pallas call over devices: each device calls it on its own samples.
-  return sharding.per_device(on_device, sharding.BATCH)(*per_position, *per_sample)
+  return sharding.per_device(on_device, sharding.BATCH, sharding.BATCH)(*per_position, *per_sample)

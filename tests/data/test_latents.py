@@ -20,6 +20,7 @@ from piflow_jax.data import imagenet
 from piflow_jax.data import images
 from piflow_jax.data import latent_cache
 from piflow_jax.data import latents
+from piflow_jax.data import shards
 from piflow_jax.data import sources
 from tests import small_autoencoder
 from tests import tiny
@@ -264,9 +265,9 @@ def test_deviations_in_the_place_of_log_variances_are_found(broken):
   first = manifest.shards[0]["name"]
   for shard in manifest.shards[1:]:
     (broken / shard["name"]).unlink()
-  latent_cache.write_shard(broken / first, positive)
+  shards.write_records(broken / first, (latent_cache.encode(*record) for record in positive))
   size = (broken / first).stat().st_size
-  _edit(broken, shards=[{"name": first, "records": 15, "bytes": size, "crc32": latent_cache.crc32(broken / first)}])
+  _edit(broken, shards=[{"name": first, "records": 15, "bytes": size, "crc32": shards.crc32(broken / first)}])
   tiny.refused(PROGRAM, [f"--out={broken}", "--check"], "no log variance is below 0", "standard deviations")
 
 

@@ -1,5 +1,7 @@
 """Each kernel against XLA's plain attention, on one device and split over a mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,39 @@ def test_splash_is_plain_attention(sizes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+def test_keys_beyond_a_length_count_for_nothing_and_odd_numbers_of_tokens_are_filled_up(sizes):
+  qkv, n = _qkv(150, dim=16), 150
+  lengths = jnp.array([150, 1, 77, 128])
+  within = (jnp.arange(n)[None] < lengths[:, None])[:, :, None, None]
+
+  def masked(*a, kernel):
+    # Each of its own rows alone: what tokens beyond the length get is not defined.
+    return jnp.where(within, attention.attention(*a, kernel, lengths=lengths, interpret=kernel != "xla"), 0)
+
+  def with_gradients(kernel, a):
+    weight = jnp.cos(jnp.arange(a[0].size)).reshape(a[0].shape)
+    grad = jax.grad(lambda *a: jnp.sum(weight * masked(*a, kernel=kernel)), argnums=(0, 1, 2))
+    return masked(*a, kernel=kernel), grad(*a)
+
+  # By its definition, a softmax over the keys that are there.
+  q, k, v = qkv
+  for b, length in enumerate(lengths):
+    logits = jnp.einsum("nhd,mhd->hnm", q[b], k[b, :length]) / 4
+    mine = jnp.einsum("hnm,mhd->nhd", jax.nn.softmax(logits), v[b, :length])
+    np.testing.assert_allclose(masked(*qkv, kernel="xla")[b, :length], mine[:length], atol=1e-5)
+  want = with_gradients("xla", qkv)
+  run = jax.jit(functools.partial(with_gradients, "splash"))
+  if sizes:
+    mesh = sharding.make_mesh(*sizes)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      got = run(jax.device_put(qkv, jax.NamedSharding(mesh, jax.P(sharding.SAMPLES, None, "tensor"))))
+  else:
+    got = run(qkv)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
+
+
+@pytest.mark.slow
 def test_half_precision_is_rounded_once():
   qkv = _qkv(dtype=jnp.bfloat16)
   got = attention.attention(*qkv, "splash", interpret=True)
@@ -66,7 +101,7 @@ def test_cudnn_takes_half_precision_alone(monkeypatch):
 
 
 def test_sizes_that_a_kernel_does_not_take_are_refused():
-  with pytest.raises(ValueError, match="multiples of 128 tokens, not 16"):
+  with pytest.raises(ValueError, match="128 tokens or more, not 16"):
     attention.attention(*_qkv(16), "splash", interpret=True)
   assert attention.attention(*_qkv(16)).shape == (4, 16, 2, 72)
 

@@ -1,10 +1,21 @@
-"""torch-fidelity's Inception, whose import of torchvision wants operators that PyTorch's CPU build lacks."""
+"""torch-fidelity's Inception, without the torchvision that it imports and does not use.
+
+PyPI's torchvision does not load beside PyTorch's CPU build, and transformers would try it wherever it is installed.
+"""
+
+import sys
+import types
 
 import torch
 
-_LIBRARY = torch.library.Library("torchvision", "DEF")  # it is defined as long as this lives
-for _name in ("nms", "qnms"):
-  _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+for _name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
+  _module = types.ModuleType(_name)
+  for _word in ("CIFAR10", "CIFAR100", "STL10"):
+    setattr(_module, _word, None)
+  _parent, _, _last = _name.rpartition(".")
+  if _parent:
+    setattr(sys.modules[_parent], _last, _module)
+  sys.modules.setdefault(_name, _module)
 
 
 def extractor(path, taps):

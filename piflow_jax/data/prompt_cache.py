@@ -1,0 +1,133 @@
+"""Encoded prompts on disk: records, and a manifest that says what they are (docs/text_to_image.md).
+
+A cache is a folder of ArrayRecord shards and manifest.json. A record is a safetensors file of its own: "text" [tokens,
+width] bfloat16 without padding, "pooled" [width] where the encoder gives one, "x_0" where pictures lie beside the
+prompts (uint8 pixels, or float16 latents as a model takes them), and "prompt", its UTF-8 bytes.
+"""
+
+import json
+from typing import NamedTuple
+
+from array_record.python import array_record_data_source
+from etils import epath
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from piflow_jax.data import shards
+
+FILE, FORMAT = "manifest.json", 1
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_TYPES = {"BF16": BFLOAT16, "F16": "<f2", "F32": "<f4", "U8": "u1"}
+
+
+class Manifest(NamedTuple):
+  """What a cache is."""
+
+  count: int  # records
+  tokens: int  # at most, of a text
+  width: int  # of a token
+  pooled: int  # width of the pooled vector, 0: there is none
+  padded: bool  # texts have all `tokens`, their padding encoded with them, and no mask belongs to them (T5 in FLUX)
+  shape: tuple  # of x_0 beside the prompts, () where there is none
+  pixels: bool  # x_0 is uint8, 255 for 1 and 0 for -1
+  encoder: str  # KIND:PLACE that made the texts
+  negative: str  # the prompt of guidance's unconditional pass
+  settings: dict  # what else decides the bytes
+  shards: tuple  # ({"name", "records", "bytes", "crc32"}, ...)
+
+
+def encode(prompt, arrays):
+  """The bytes of a record."""
+  arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+  return safetensors.numpy.save(arrays | {"prompt": np.frombuffer(prompt.encode(), np.uint8)})
+
+
+def decode(data, manifest):
+  """(prompt, {name: array}) of a record's bytes. Raises ValueError: it is none of this cache's."""
+  try:
+    found = {name: np.frombuffer(x["data"], _TYPES[x["dtype"]]).reshape(x["shape"])
+             for name, x in safetensors.deserialize(data)}
+  except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as e:
+    raise ValueError(f"a record is no safetensors file ({e})") from e
+  prompt = found.pop("prompt", np.zeros(0, np.uint8)).tobytes().decode(errors="replace")
+  wanted = {"text"} | ({"pooled"} if manifest.pooled else set()) | ({"x_0"} if manifest.shape else set())
+  if found.keys() != wanted:
+    raise ValueError(f"a record has {sorted(found)}, {sorted(wanted)} are a cache's")
+  text = found["text"]
+  if text.dtype != BFLOAT16 or text.shape[1:] != (manifest.width,) or not 0 < len(text) <= manifest.tokens:
+    raise ValueError(f"a text is {text.dtype} {text.shape}; bfloat16 of 1 to {manifest.tokens} tokens of "
+                     f"{manifest.width} are this cache's")
+  if manifest.pooled and found["pooled"].shape != (manifest.pooled,):
+    raise ValueError(f"a pooled vector is {found['pooled'].shape}, ({manifest.pooled},) are this cache's")
+  if manifest.shape and found["x_0"].shape != tuple(manifest.shape):
+    raise ValueError(f"x_0 is {found['x_0'].shape}, {tuple(manifest.shape)} are this cache's")
+  return prompt, found
+
+
+def condition(arrays, manifest, tokens):
+  """The condition of a record's arrays, its text filled up with zeros to so many tokens, or cut to them.
+
+  Returns:
+    {"text": [tokens, width] bfloat16, "mask": [tokens] int32 unless the texts are padded, "pooled" where there is one}.
+  """
+  text = arrays["text"][:tokens]
+  found = {"text": np.concatenate([text, np.zeros((tokens - len(text), text.shape[1]), text.dtype)])}
+  if not manifest.padded:
+    found["mask"] = (np.arange(tokens) < len(text)).astype(np.int32)
+  if manifest.pooled:
+    found["pooled"] = arrays["pooled"]
+  return found
+
+
+def write_manifest(folder, manifest):
+  """Write manifest.json, whole or not at all."""
+  shards.write_json(epath.Path(folder) / FILE, {"format": FORMAT} | manifest._asdict())
+
+
+def read_manifest(folder):
+  """The Manifest of a cache.
+
+  Raises:
+    ValueError: "path: ...": there is none, it is another's, or shards are missing or of another size.
+  """
+  path = epath.Path(folder) / FILE
+  if not path.exists():
+    raise ValueError(f"path: {str(folder)!r} holds no {FILE}; give a folder that python -m piflow_jax.data.prompts "
+                     "made, to its end")
+  try:
+    tree = json.loads(path.read_text())
+    if tree.pop("format") != FORMAT:
+      raise ValueError("another version's")
+    found = Manifest(**{k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()})
+    # The last record of all is the negative prompt's.
+    if sum(shard["records"] for shard in found.shards) != found.count + 1 or min(found.tokens, found.width) < 1:
+      raise ValueError("its counts of records do not add up")
+  except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
+    raise ValueError(f"path: {path} is no manifest of this program ({type(e).__name__}: {e}); make the cache "
+                     "again") from e
+  shards.check_files(folder, found.shards)
+  return found
+
+
+def open_records(folder, manifest):
+  """Random access to the bytes of all records of a local cache; the last one is the negative prompt's."""
+  return array_record_data_source.ArrayRecordDataSource(
+      [str(epath.Path(folder) / shard["name"]) for shard in manifest.shards if shard["records"]])
+
+
+def check(folder, bar=None):
+  """Read a cache whole; returns its Manifest. Raises ValueError: "path: ...": it is not what was written."""
+  manifest = read_manifest(folder)
+  shards.check_sums(folder, manifest.shards)
+  for number, data in enumerate(open_records(folder, manifest)):
+    try:
+      _, arrays = decode(data, manifest if number < manifest.count else manifest._replace(shape=()))
+      if bad := [name for name, x in arrays.items() if not np.isfinite(x.astype(np.float32)).all()]:
+        raise ValueError(f"{bad[0]} holds values that are not finite")
+    except ValueError as e:
+      raise ValueError(f"path: {folder}: record {number}: {e}") from e
+    if bar is not None:
+      bar.update(1)
+  return manifest
