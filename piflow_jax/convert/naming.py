@@ -60,6 +60,10 @@ def _nothing(*_):
   return {}
 
 
+def _none(*_):
+  return frozenset()
+
+
 def _no_words(*_):
   return ""
 
@@ -95,6 +99,7 @@ class Naming(NamedTuple):
     constants: Weights -> {key: array} that lie beside the weights and are known here; `check_constant` compares them.
     check_constant: (array of the file, array of `constants`, where) -> None; raises errors.UserError.
     ignored: patterns of keys that are not needed.
+    spare: Weights -> keys of tensors that no output depends on: not written, and zeros where a file lacks them.
     refuse: Weights -> why these names cannot say what the weights are, or "".
     remark: (Weights, fields that `stated` found, or None at an export) -> what the weights mean beyond shapes, or "".
     beside: files of this folder that an export is shipped with.
@@ -116,6 +121,7 @@ class Naming(NamedTuple):
   constants: Callable = _nothing
   check_constant: Callable = _nothing
   ignored: tuple[str, ...] = ()
+  spare: Callable = _none
   refuse: Callable = _no_words
   remark: Callable = _no_words
   beside: tuple[str, ...] = ()

@@ -16,6 +16,12 @@ def _rows(weights):
   ]
 
 
+def _spare(weights):
+  # The last block's text goes nowhere, and the release's students have no adapters there.
+  last = f"transformer_blocks.{weights.network.depth - 1}.txt_mlp"
+  return frozenset(f"{last}.{layer}.lora_{x}.weight" for layer in ("net.0.proj", "net.2") for x in "AB")
+
+
 def _recognised(keys):
   return "txt_norm.weight" in keys or joint.has_adapters(keys, "img_mlp|txt_mlp|img_mod|txt_mod")
 
@@ -33,4 +39,4 @@ def _sizes(weights):
 
 NAMINGS = joint.of(
     "Qwen-Image's names in diffusers, and in pi-Flow's release for students of it", _recognised, _rows, _about,
-    {"QwenImageTransformer2DModel": None, "GMQwenImageTransformer2DModel": {"type": "GMFlow"}}, _sizes)
+    {"QwenImageTransformer2DModel": None, "GMQwenImageTransformer2DModel": {"type": "GMFlow"}}, _sizes, spare=_spare)

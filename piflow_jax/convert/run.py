@@ -170,6 +170,7 @@ def _read_plan(source, config, name, naming):
   rows, constants = naming.rows(weights), naming.constants(weights)
   entries = table.entries(rows, weights.shapes, naming.says)
   wanted = {key: entry.shape_there for entry in entries for key in entry.keys}
+  source = _with_zeros(source, {key: wanted[key] for key in naming.spare(weights) & wanted.keys()})
   left_out = table.check(
       entries, source.shapes, source.where, (*naming.ignored, *constants), source.faults, source.read,
       table.hints(rows, naming.sizes(weights), wanted, source.shapes))
@@ -197,12 +198,24 @@ def _write_plan(weights, given):
   trees.check_network(weights, naming.says, naming.network)
   if naming.alone and weights.frozen:
     weights = weights.alone
-  entries = table.entries(naming.rows(weights), weights.shapes, naming.says)
+  spare = naming.spare(weights)
+  entries = [entry for entry in table.entries(naming.rows(weights), weights.shapes, naming.says)
+             if not spare.issuperset(entry.keys)]
   about = naming.about(weights)
   about["piflow_jax"] = naming_lib.settings(weights, name) | about["piflow_jax"]
   if remark := naming.remark(weights, None):
     print(remark, flush=True)
   return weights, naming, entries, about
+
+
+def _with_zeros(source, shapes):
+  """The source with zeros for those tensors that it has not."""
+  lacks = {key: shape for key, shape in shapes.items() if key not in source.shapes}
+
+  def read(key):
+    return np.zeros(lacks[key], np.float32) if key in lacks else source.read(key)
+
+  return source._replace(shapes=source.shapes | lacks, read=read) if lacks else source
 
 
 def _over_teachers(weights, read, stack):

@@ -1,0 +1,216 @@
+"""FLUX.1 and Qwen-Image against diffusers' with the same random weights, through the converters (float32)."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+
+from piflow_jax import build
+from piflow_jax import config as config_lib
+from piflow_jax import errors
+from piflow_jax import flow
+from piflow_jax import lora
+from piflow_jax import params as params_lib
+from piflow_jax import teacher
+from piflow_jax import weights as weights_lib
+from piflow_jax import workdir as workdir_lib
+from piflow_jax.convert import run
+from piflow_jax.data import texts
+from piflow_jax.distill import flow_matching
+from piflow_jax.distill import imitation
+from piflow_jax.models import flux
+from piflow_jax.models import qwen_image
+from piflow_jax.policy import gmm
+from tests.convert import making
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+AXES, WIDTH = (4, 6, 6), 32
+TARGETS = {"flux": ("double_blocks/(image|text)/(mlp_in|mlp_out)", "single_blocks/(mlp_in|out)", "time_(in|out)"),
+           "qwen": ("blocks/(image|text)/(mlp_in|mlp_out)", "time_(in|out)")}
+
+
+def _config(kind, role="teacher", shape=(4, 6, 4)):
+  c = config_lib.base()
+  c.data = texts.config(shape=shape, tokens=5, width=24, pooled=16 if kind == "flux" else 0, padded=kind == "flux",
+                        encoder=f"{kind}:x")
+  shared = dict(heads=2, axes=AXES, dtype="float32", remat="none")
+  c.network = (flux.config(double_depth=2, single_depth=3, **shared) if kind == "flux" else
+               qwen_image.config(depth=3, **shared))
+  c.flow = flow.config(shift=3.2)
+  if role == "teacher":
+    c.method = flow_matching.config(label_dropout=0.0)
+    return c
+  c.teacher = teacher.config(guidance_scale=0.0 if kind == "flux" else 4.0)
+  c.method = imitation.config(nfe=4, final_scale=0.5)
+  c.policy = gmm.config(components=3, logstd_width=16, temperature=0.3)
+  c.lora = lora.config(rank=4, targets=TARGETS[kind])
+  c.trained = ("adaln_out/.*", "head/.*")
+  c.sampling.nfe = 4
+  return c
+
+
+def theirs(kind):
+  """diffusers' model of the same sizes, every tensor drawn anew."""
+  shared = dict(patch_size=1, in_channels=16, num_attention_heads=2, attention_head_dim=16, joint_attention_dim=24,
+                axes_dims_rope=AXES)
+  if kind == "flux":
+    model = diffusers.FluxTransformer2DModel(
+        num_layers=2, num_single_layers=3, pooled_projection_dim=16, guidance_embeds=True, **shared)
+  else:
+    model = diffusers.QwenImageTransformer2DModel(num_layers=3, out_channels=4, **shared | dict(patch_size=2))
+  generator = torch.Generator().manual_seed(0)
+  state = {name: torch.randn(w.shape, generator=generator) * (0.1 if w.ndim < 2 else w[0].numel() ** -0.5)
+           + (1.0 if ".norm" in name and w.ndim == 1 and "linear" not in name or name == "txt_norm.weight" else 0.0)
+           for name, w in model.state_dict().items()}
+  model.load_state_dict(state)
+  return model.eval()
+
+
+def _packed(x):
+  b, c, h, w = x.shape
+  return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
+
+
+def _unpacked(y, shape):
+  b, c, h, w = shape
+  return y.reshape(b, h // 2, w // 2, -1, c, 2, 2).permute(0, 3, 4, 1, 5, 2, 6).reshape(b, -1, c, h, w)
+
+
+def _their_tokens(kind, model, x, t, cond):
+  """What diffusers' model says at each token, and the shape of x there."""
+  x, text = torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(cond["text"])
+  grid = x.shape[2] // 2, x.shape[3] // 2
+  more = {}
+  if kind == "flux":
+    ids = torch.zeros(*grid, 3)
+    ids[..., 1] += torch.arange(grid[0])[:, None]
+    ids[..., 2] += torch.arange(grid[1])[None]
+    more = dict(img_ids=ids.reshape(-1, 3), txt_ids=torch.zeros(text.shape[1], 3), guidance=torch.full((len(x),), 3.5),
+                pooled_projections=torch.tensor(cond["pooled"]))
+  else:
+    more = dict(img_shapes=[[(1, *grid)]] * len(x), txt_seq_lens=[text.shape[1]] * len(x),
+                encoder_hidden_states_mask=torch.ones(text.shape[:2]))
+  with torch.no_grad():
+    return model(hidden_states=_packed(x), timestep=torch.tensor(t), encoder_hidden_states=text, return_dict=False,
+                 **more)[0], x.shape
+
+
+def _their_velocity(*args):
+  return _unpacked(*_their_tokens(*args))[:, 0].numpy().transpose(0, 2, 3, 1)
+
+
+def _inputs(kind, shape, batch=2):
+  rng = np.random.default_rng(1)
+  cond = {"text": rng.standard_normal((batch, 5, 24), np.float32)}
+  cond |= {"pooled": rng.standard_normal((batch, 16), np.float32)} if kind == "flux" else {
+      "mask": np.ones((batch, 5), np.int32)}
+  return rng.standard_normal((batch, *shape), np.float32), np.array([0.37, 1.0], np.float32)[:batch], cond
+
+
+def _velocity(config, params, x, t, cond):
+  run_ = build.run(config)
+  return np.asarray(jax.jit(build.velocity_net(run_.network, run_.data.spec).apply)(params, x, t, cond))
+
+
+@pytest.mark.parametrize("kind", ["flux", "qwen"])
+def test_diffusers_model_is_ours_and_ours_is_theirs(kind, tmp_path):
+  model, config = theirs(kind), _config(kind)
+  model.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+  assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 3
+  run.from_torch(tmp_path / "theirs", tmp_path / "run", config)
+  params = making.weights(config, tmp_path / "run")
+  for shape in ((4, 6, 4), (10, 4, 4)):  # two aspects
+    x, t, cond = _inputs(kind, shape)
+    want = _their_velocity(kind, model, x, t, cond)
+    assert np.abs(want).max() > 0.5
+    # Time features of 1000 t are float32's rounding of angles up to 1000.
+    np.testing.assert_allclose(_velocity(_config(kind, shape=shape), params, x, t, cond), want,
+                               atol=1e-4 * np.abs(want).max())
+  run.to_torch(tmp_path / "run", tmp_path / "ours", config)
+  loaded = type(model).from_pretrained(tmp_path / "ours")
+  for (name, want), got in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+    assert torch.equal(want, got), name
+
+
+def _trained_student(kind, tmp_path):
+  """(config, workdir) of a student whose trained arrays are random."""
+  config = _config(kind, "student")
+  theirs(kind).save_pretrained(tmp_path / "theirs")
+  run.from_torch(tmp_path / "theirs", tmp_path / "teacher", _config(kind))
+  config.teacher.checkpoint = str(tmp_path / "teacher")
+  run_ = build.run(config)
+  rng = np.random.default_rng(2)
+  trained = {path: rng.standard_normal(leaf.shape, np.float32) * 0.1
+             for path, leaf in params_lib.named_leaves(run_.student.trained).items()}
+  weights_lib.save_weights(tmp_path / "student", trained.items())
+  workdir_lib.write(tmp_path / "student", config)
+  return config, tmp_path / "student", run_
+
+
+def _loaded(workdir, run_):
+  local = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=local), run_.student.trained)
+  return weights_lib.load(workdir, placed, "ema", "--workdir")
+
+
+@pytest.mark.parametrize("kind", ["flux", "qwen"])
+def test_a_students_adapters_load_into_diffusers_and_say_the_same(kind, tmp_path):
+  config, workdir, run_ = _trained_student(kind, tmp_path)
+  run.to_torch(workdir, tmp_path / "out")
+  about = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert about["_class_name"] == {"flux": "GMFluxTransformer2DModel", "qwen": "GMQwenImageTransformer2DModel"}[kind]
+  state = load_file(tmp_path / "out" / making.FILE)
+  # As the release's loader does it: what has "lora" in its name is an adapter, the rest stands in the base's place.
+  model = theirs(kind)
+  adapters = {k: v for k, v in state.items() if "lora" in k}
+  others = {k: v for k, v in state.items() if "lora" not in k}
+  assert set(others) == {"norm_out.linear.weight", "norm_out.linear.bias", *(
+      f"proj_out_{n}.{w}" for n in ("means", "logweights", "logstds.1", "logstds.3") for w in ("weight", "bias"))}
+  if kind == "qwen":
+    assert not any(k.startswith("transformer_blocks.2.txt_mlp") for k in adapters)  # unused in the last block
+  model.load_lora_adapter(adapters, prefix=None)
+  model.eval()
+  model.norm_out.linear.weight.data, model.norm_out.linear.bias.data = (
+      others[f"norm_out.linear.{w}"] for w in ("weight", "bias"))
+  means = torch.nn.Linear(WIDTH, 48)
+  means.weight.data, means.bias.data = others["proj_out_means.weight"], others["proj_out_means.bias"]
+  model.proj_out = means
+  x, t, cond = _inputs(kind, (4, 6, 4))
+  teacher_params = making.weights(_config(kind), tmp_path / "teacher")
+  params = jax.tree.map(jax.numpy.asarray, _loaded(workdir, run_))
+  apply = jax.jit(lambda p, b: run_.student.policy(p, b, x, t, cond, run_.method.clock))
+  policy = apply(params, teacher_params)
+  got = np.asarray(x.reshape(2, 24, 4).transpose(0, 2, 1)[:, :, None] - policy.means) / t[:, None, None, None]
+  # Components first, then channels, then cells there.
+  y, _ = _their_tokens(kind, model, x, t, cond)
+  want = y.reshape(2, 2, 3, 3, 4, 2, 2).permute(0, 4, 3, 1, 5, 2, 6).reshape(2, 4, 3, 24).numpy()
+  np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("kind", ["flux", "qwen"])
+def test_a_students_file_comes_back_and_its_pipeline_config_says_its_policy(kind, tmp_path):
+  config, workdir, run_ = _trained_student(kind, tmp_path)
+  run.to_torch(workdir, tmp_path / "out")
+  run.from_torch(tmp_path / "out", tmp_path / "back", config)
+  back, was = (_loaded(folder, run_) for folder in (tmp_path / "back", workdir))
+  for name, leaf in params_lib.named_leaves(was).items():
+    again = params_lib.named_leaves(back)[name]
+    if kind == "qwen" and name.startswith("blocks/text") and "lora" in name:
+      leaf, again = leaf[:-1], again[:-1]  # of the last block nothing is written, and zeros come back
+    np.testing.assert_array_equal(again, leaf, err_msg=name)
+
+
+def test_the_programs_say_what_a_file_lacks(tmp_path):
+  theirs("flux").save_pretrained(tmp_path / "theirs")
+  path = next((tmp_path / "theirs").glob("*.safetensors"))
+  state = load_file(path)
+  del state["transformer_blocks.1.attn.to_add_out.bias"]
+  save_file(state, path)
+  with pytest.raises(errors.UserError, match="missing: transformer_blocks.1.attn.to_add_out.bias"):
+    run.from_torch(tmp_path / "theirs", tmp_path / "run", _config("flux"))
+  assert not (tmp_path / "run").exists()
