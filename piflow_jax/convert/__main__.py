@@ -2,6 +2,7 @@
 
   python -m piflow_jax.convert from-torch --source=FILE_OR_FOLDER --config=FILE --workdir=DIR
   python -m piflow_jax.convert to-torch --workdir=runs/digits/student --out=DIR
+  python -m piflow_jax.convert adapters --source=FILE_OR_FOLDER --out=DIR --format=kohya
 
 from-torch reads safetensors (also sharded, with their index) and .pt/.pth files (weights only; needs PyTorch) of DiT
 teachers (diffusers, facebookresearch/DiT, SiT, REPA, pi-Flow's release), of students of pi-Flow's release, of any
@@ -12,6 +13,9 @@ piflow_jax.sample and piflow_jax.evaluate, or to-torch take; its config.json is 
 to-torch writes safetensors with config.json, averaged weights unless --no-ema. A DiT's go by the names of pi-Flow's
 release, or others by --format, and beside them are files that sample it with nothing but PyTorch: python
 DIR/piflow_torch.py --help. The weights of any other network go by their own paths.
+
+adapters writes a file of adapters (LoRA) in another naming: --format is release (pi-Flow's), diffusers, peft or kohya;
+whose the source's is, its keys tell. What a student has beside its adapters is written by release alone.
 
 --dry-run prints what would become of what, and writes nothing. --source and --out are local paths.
 """
@@ -27,7 +31,9 @@ import jax
 from piflow_jax import errors
 from piflow_jax import program
 from piflow_jax import weights
+from piflow_jax.convert import adapters
 from piflow_jax.convert import run
+from piflow_jax.convert import table
 from piflow_jax.models import autoencoder
 
 
@@ -76,6 +82,20 @@ def _to_torch(given):
                step=weights.step_of(given.workdir, values.step))
 
 
+def _adapters(given):
+  values = given.flags
+  _not_of("adapters", values, "dtype", "max_shard_size", "ema", "step", "dry_run")
+  for name in ("source", "out"):
+    if not values[name].value:
+      raise errors.UserError(f"--{name}: missing; {values[name].help}")
+  if values.format not in adapters.NAMINGS:
+    raise errors.UserError(f"--format: {values.format!r} is none of {', '.join(adapters.NAMINGS)}")
+  loaded = adapters.read(os.path.expanduser(values.source))
+  adapters.write(os.path.expanduser(values.out), loaded, values.format)
+  left = "" if values.format == "release" or not loaded.others else f"; left out: {table.listed(sorted(loaded.others))}"
+  print(f"wrote {values.out}: {len(loaded.adapters)} adapters as {values.format} has them{left}")
+
+
 def _is_autoencoder(argv):
   """Whether the workdir that a command line names is an autoencoder's."""
   words = [word.partition("=")[2] for word in argv if word.startswith("--workdir=")]
@@ -84,14 +104,17 @@ def _is_autoencoder(argv):
 
 def program_of(argv):
   """(Program, its command line) of `from-torch ...` or `to-torch ...`, as people write it. Raises errors.UserError."""
-  verb = next((word for word in argv[1:] if word in ("from-torch", "to-torch")), None)
+  verb = next((word for word in argv[1:] if word in ("from-torch", "to-torch", "adapters")), None)
   rest = [argv[0], *(word for word in argv[1:] if word != verb)]
   if verb == "from-torch":
     return program.Program(_from_torch, _define, __doc__, config="optional"), rest
+  if verb == "adapters":
+    return program.Program(_adapters, _define, __doc__, needs=(), config="optional"), rest
   if verb == "to-torch" or any(word.startswith(("--help", "-help", "-h")) for word in rest):
     config = "optional" if _is_autoencoder(rest) else "workdir"
     return program.Program(_to_torch, _define, __doc__, config=config), rest
-  raise errors.UserError("say what to do: python -m piflow_jax.convert from-torch or to-torch ... (--help tells more)")
+  raise errors.UserError("say what to do: python -m piflow_jax.convert from-torch, to-torch or adapters ... "
+                         "(--help tells more)")
 
 
 def invoke(argv):

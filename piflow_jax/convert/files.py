@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
 from safetensors import safe_open
+import safetensors.numpy
 
 from piflow_jax import errors
 
@@ -47,10 +48,10 @@ def open_source(path):
   folder = path if path.is_dir() else path.parent
   if path.is_dir():
     path = _in_folder(path)
-  config = _json(folder / "config.json") if (folder / "config.json").exists() else {}
+  config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
   with contextlib.ExitStack() as stack:
     if path.name.endswith(".safetensors.index.json"):
-      index = _json(path).get("weight_map")
+      index = read_json(path).get("weight_map")
       yield _safetensors(_shards_of(path, index), stack, path, config, index)
     elif path.suffix == ".safetensors":
       yield _safetensors([path], stack, path, config)
@@ -78,7 +79,7 @@ def parse(text):
     raise ValueError("its brackets nest too deep") from e
 
 
-def _json(path):
+def read_json(path):
   try:
     found = parse(path.read_text())
   except (OSError, ValueError) as e:
@@ -337,6 +338,35 @@ def write(folder, shapes, tensors, *, dtype, config, metadata, beside=(), max_by
       raise
     raise _unwritable("--out", folder, e) from e
   return sorted(path.name for path in folder.iterdir())
+
+
+def write_adapters(folder, name, tensors, metadata, more):
+  """Write tensors that fit into memory as one safetensors file, and JSON files beside it; all of it, or nothing.
+
+  Args:
+    folder: that is made.
+    name: of the safetensors file.
+    tensors: {key: array}.
+    metadata: {name: text} for its header.
+    more: {file's name: tree for JSON}.
+  Raises:
+    errors.UserError: the folder cannot be written.
+  """
+  folder = pathlib.Path(os.path.abspath(folder))
+  partial = folder.with_name(f".{folder.name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  try:
+    partial.mkdir(parents=True)
+    safetensors.numpy.save_file(tensors, partial / name, metadata)
+    for file, tree in more.items():
+      (partial / file).write_text(json.dumps(tree, indent=2) + "\n")
+    if folder.exists():
+      folder.rmdir()
+    partial.rename(folder)
+  except OSError as e:
+    raise _unwritable("--out", folder, e) from e
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _shards(shapes, itemsize, max_bytes):

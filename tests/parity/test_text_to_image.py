@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import safetensors
 from safetensors.torch import load_file
 from safetensors.torch import save_file
 
@@ -17,7 +18,9 @@ from piflow_jax import params as params_lib
 from piflow_jax import teacher
 from piflow_jax import weights as weights_lib
 from piflow_jax import workdir as workdir_lib
+from piflow_jax.convert import adapters
 from piflow_jax.convert import run
+from piflow_jax.convert import trees
 from piflow_jax.data import texts
 from piflow_jax.distill import flow_matching
 from piflow_jax.distill import imitation
@@ -214,3 +217,75 @@ def test_the_programs_say_what_a_file_lacks(tmp_path):
   with pytest.raises(errors.UserError, match="missing: transformer_blocks.1.attn.to_add_out.bias"):
     run.from_torch(tmp_path / "theirs", tmp_path / "run", _config("flux"))
   assert not (tmp_path / "run").exists()
+
+
+def _style(kind, rank=2, names=None):
+  """A LoRA that PEFT itself made and changed: (model with it, its state dict)."""
+  model = theirs(kind)
+  peft = pytest.importorskip("peft")
+  known = {"flux": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+                    "ff.net.0.proj", "ff_context.net.2", "norm1.linear", "proj_mlp", "norm.linear"],
+           "qwen": ["to_q", "add_v_proj", "to_add_out", "img_mlp.net.2", "txt_mod.1"]}[kind]
+  model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names or known))
+  model.eval()
+  generator = torch.Generator().manual_seed(5)
+  for name, w in model.named_parameters():
+    if "lora_" in name:
+      w.data = 0.3 * torch.randn(w.shape, generator=generator)
+  return model
+
+
+@pytest.mark.parametrize("naming", adapters.NAMINGS)
+@pytest.mark.parametrize("kind", ["flux", "qwen"])
+def test_adapters_of_others_merge_into_the_same_network_in_each_naming(kind, naming, tmp_path):
+  model = _style(kind)
+  model.save_lora_adapter(tmp_path / "peft")  # without a prefix, alpha in the header
+  theirs(kind).save_pretrained(tmp_path / "base")
+  run.from_torch(tmp_path / "base", tmp_path / "run", _config(kind))
+  loaded = adapters.read(tmp_path / "peft")
+  assert {a.scale for a in loaded.adapters.values()} == {2.0}
+  adapters.write(tmp_path / "other", loaded, naming)
+  again = adapters.read(tmp_path / "other")
+  config = _config(kind)
+  weights, _ = trees.weights_of(config)
+  params = adapters.merged(making.weights(config, tmp_path / "run"), adapters.deltas(again, weights, 1.0, "x"))
+  x, t, cond = _inputs(kind, (4, 6, 4))
+  want = _their_velocity(kind, model, x, t, cond)
+  plain = _their_velocity(kind, theirs(kind), x, t, cond)
+  assert np.abs(want - plain).max() > 0.1
+  np.testing.assert_allclose(_velocity(config, params, x, t, cond), want, atol=1e-4 * np.abs(want).max())
+  half = adapters.merged(making.weights(config, tmp_path / "run"), adapters.deltas(again, weights, 0.5, "x"))
+  model.set_adapters("default", 0.5)
+  want = _their_velocity(kind, model, x, t, cond)
+  np.testing.assert_allclose(_velocity(config, half, x, t, cond), want, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "peft", "kohya"])
+def test_adapters_from_here_load_into_diffusers_in_each_naming(naming, tmp_path):
+  peft = pytest.importorskip("peft")
+  from diffusers.loaders import lora_conversion_utils
+  # Of what Kohya's single blocks have in one layer diffusers knows the sizes by heart: 3072 and 12288.
+  double = r"transformer_blocks\.\d+\.(attn\.(to_.|to_out\.0|add_._proj)|ff\.net\.2|norm1\.linear)|.*\.proj_out"
+  model = _style("flux", names=double if naming == "kohya" else None)
+  model.save_lora_adapter(tmp_path / "peft")
+  adapters.write(tmp_path / "other", adapters.read(tmp_path / "peft"), naming)
+  fresh = theirs("flux")
+  path = next((tmp_path / "other").glob("*.safetensors"))
+  state = load_file(path)
+  if naming == "peft":
+    about = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    kept = peft.LoraConfig(**{k: v for k, v in about.items() if k != "peft_type"})
+    fresh.add_adapter(kept)
+    peft.set_peft_model_state_dict(fresh, state)
+  elif naming == "kohya":
+    # diffusers folds alpha into A and B.
+    turned = lora_conversion_utils._convert_kohya_flux_lora_to_diffusers(state)
+    fresh.load_lora_adapter({k.removeprefix("transformer."): v for k, v in turned.items()}, prefix=None)
+  else:
+    with safetensors.safe_open(path, "pt") as file:
+      metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    fresh.load_lora_adapter(state, metadata=metadata)
+  fresh.eval()
+  x, t, cond = _inputs("flux", (4, 6, 4))
+  want = _their_velocity("flux", model, x, t, cond)
+  np.testing.assert_allclose(_their_velocity("flux", fresh, x, t, cond), want, atol=2e-5 * np.abs(want).max())
