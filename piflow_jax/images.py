@@ -55,10 +55,13 @@ def image_grid(x_0, columns, *, cell=32):
   return grid.reshape(rows * (height + 1), columns * (width + 1), 3)[:-1, :-1]
 
 
-def png(pixels):
-  """PNG bytes of uint8 [H, W, 3]."""
+def png(pixels, texts=()):
+  """PNG bytes of uint8 [H, W, 3], with {keyword: text} beside the picture."""
   from PIL import Image  # only those who write pictures need Pillow
+  from PIL import PngImagePlugin
 
-  buffer = io.BytesIO()
-  Image.fromarray(pixels).save(buffer, "PNG")
+  beside, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+  for keyword, text in dict(texts).items():
+    beside.add_itxt(keyword, text)
+  Image.fromarray(pixels).save(buffer, "PNG", pnginfo=beside)
   return buffer.getvalue()

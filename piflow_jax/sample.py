@@ -2,6 +2,7 @@
 
   python -m piflow_jax.sample --workdir=runs/digits/student --out=samples.png
   python -m piflow_jax.sample --workdir=DIR --labels=207,360 --autoencoder=DIR --out=samples.png
+  python -m piflow_jax.sample --workdir=runs/emoji/student --prompt="a green apple" --prompt="sad cat" --out=apple.png
 
 --workdir is one of piflow_jax.main, or what piflow_jax.convert from-torch made of a PyTorch checkpoint; its own
 config is read from it. The averaged weights are drawn from; a student needs no teacher's, unless a part of it is the
@@ -12,13 +13,23 @@ How is set by --config.sampling.nfe=N calls (of a student those that it is train
 weights; a teacher is drawn from without any. --config.evaluation.batch_size=N bounds how many are drawn at once.
 
 --labels chooses rows: classes by number or name; where conditions are more than a label, numbers of held-out records.
---out=FILE.png is a grid, a row a label: pictures of 1 or 3 channels in [-1, 1], a video's frames side by side. Latents
-become pictures by --autoencoder, the workdir that piflow_jax.convert from-torch made of Stable Diffusion's or
-FLUX's; its scale and shift are applied. --out=FILE.npz holds x_0 [n, ...] and labels [n], and with --autoencoder
-also images, not clipped. The same seed, label and number in its row give the same noise, whatever else is drawn.
+--prompt (as often as you like) and --prompts=FILE, a prompt a line, are for runs on texts: they are encoded by the
+encoder that the run's cache was made by, or by --encoder. --size=WIDTHxHEIGHT in pixels draws another size than the
+run was trained at. --lora=FILE:0.8, several with commas between, adds others' adapters to the network at that strength;
+--teacher-steps=N puts the teacher's N Euler steps from the same noises below each row.
+
+--out=FILE.png is a grid, a row a label or prompt: pictures of 1 or 3 channels in [-1, 1], frames of a video in a row.
+Latents become pictures by --autoencoder, the workdir that piflow_jax.convert from-torch made of Stable Diffusion's or
+FLUX's; its scale and shift are applied. The file says how it was drawn, in its texts: rows, seed, calls. --out=FOLDER/
+has each picture in a file of its own, and grid.png. --out=FILE.npz holds x_0 [n, ...] and labels [n], and with
+--autoencoder also images, not clipped. The same seed, label or prompt, and number in its row give the same noise,
+whatever else is drawn.
 """
 
+import functools
+import json
 import pathlib
+import re
 
 from absl import flags
 from absl import logging
@@ -35,7 +46,10 @@ from piflow_jax import sharding
 from piflow_jax import train_step
 from piflow_jax import weights
 from piflow_jax import workdir as workdir_lib
+from piflow_jax.convert import adapters
+from piflow_jax.convert import trees
 from piflow_jax.data import spec as spec_lib
+from piflow_jax.data import text_encoders
 from piflow_jax.models import autoencoder as autoencoder_lib
 
 _DECODED = 8  # images a device decodes at once: 256 x 256 ones take 0.22 GiB each, by XLA
@@ -47,15 +61,24 @@ def _define(values):
                     flag_values=values)
   flags.DEFINE_integer("num", 8, "Images of each label.", lower_bound=1, upper_bound=10**6, flag_values=values)
   flags.DEFINE_integer("seed", 0, "Of the noises.", lower_bound=0, upper_bound=2**31 - 1, flag_values=values)
-  flags.DEFINE_string("out", None, "File to write: .png or .npz.", flag_values=values)
+  flags.DEFINE_multi_string("prompt", None, "A text to draw by, a row each.", flag_values=values)
+  flags.DEFINE_string("prompts", None, "A file of such texts, one a line.", flag_values=values)
+  flags.DEFINE_string("encoder", None, "KIND:PLACE of the texts' encoder; the run's own if not given.",
+                      flag_values=values)
+  flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; what the run was trained at if not given.",
+                      flag_values=values)
+  flags.DEFINE_list("lora", [], "Adapters to add, FILE or FILE:STRENGTH.", flag_values=values)
+  flags.DEFINE_integer("teacher_steps", 0, "Draw the teacher's samples too, in so many Euler steps; 0: none.",
+                       lower_bound=0, upper_bound=10**4, flag_values=values)
+  flags.DEFINE_string("out", None, "File to write, .png or .npz; or a folder, with a / at its end.", flag_values=values)
   flags.DEFINE_string("step", None, "Checkpoint to draw from: a step, or best; the newest if not given.",
                       flag_values=values)
   flags.DEFINE_string("autoencoder", None, "Workdir of a converted autoencoder, to decode latents by.",
                       flag_values=values)
 
 
-def draw(config, run, workdir, cond, ids, *, seed, mesh, step=None):
-  """Samples by the averaged weights in workdir, as config.sampling says.
+def draw(config, run, workdir, cond, ids, *, seed, mesh, step=None, added=None, teacher_steps=0):
+  """Samples by the averaged weights in workdir, as config.sampling says; or by the teacher's, in teacher_steps.
 
   Args:
     config: of the run.
@@ -66,6 +89,8 @@ def draw(config, run, workdir, cond, ids, *, seed, mesh, step=None):
     seed: a whole number.
     mesh: of `sharding.make_mesh`.
     step: of the checkpoint; None: the newest.
+    added: (role, weights) -> weights with others' adapters; None: there are none.
+    teacher_steps: Euler steps of the teacher, whose samples are drawn then.
   Returns:
     x_0, [n, ...] float32.
   Raises:
@@ -73,8 +98,14 @@ def draw(config, run, workdir, cond, ids, *, seed, mesh, step=None):
     errors.NotFinite: what is drawn are no numbers.
   """
   jitted = train_step.compile(config, mesh, run)
-  params = weights.load(workdir, jitted.state.ema, "ema", "--workdir", step=step)
-  base = train_step.load_base(config, run, jitted)
+  if teacher_steps:
+    params, base = train_step.load_teacher(config, run, jitted.teacher), None
+    drawer = _of_teacher(run, teacher_steps, mesh)
+  else:
+    params = weights.load(workdir, jitted.state.ema, "ema", "--workdir", step=step)
+    base, drawer = train_step.load_base(config, run, jitted), jitted.draw
+  if added is not None:
+    params, base = added(params), None if base is None else added(base)
   split = jax.NamedSharding(mesh, sharding.BATCH)
   key = jax.random.key(seed)
 
@@ -86,7 +117,7 @@ def draw(config, run, workdir, cond, ids, *, seed, mesh, step=None):
 
   def batch(cond, ids, numbers):
     noise, keys = noises(ids, numbers)
-    return jitted.draw(params, base, noise, cond, keys)
+    return drawer(params, base, noise, cond, keys)
 
   x_0 = _by_batches(batch, config.evaluation.batch_size, mesh, f"{workdir}: sampling", cond, ids, _numbers(ids))
   if not np.isfinite(x_0).all():
@@ -94,6 +125,16 @@ def draw(config, run, workdir, cond, ids, *, seed, mesh, step=None):
     raise errors.NotFinite(f"{bad} of {len(x_0)} samples of {workdir} are not finite; its weights are broken, or "
                            "config.sampling takes them where they were not trained")
   return x_0
+
+
+def _of_teacher(run, steps, mesh):
+  clock = build.teacher_clock(run, steps)
+
+  def draw_(params, base, noise, cond, keys):
+    del base
+    return sampler.sample(build.teacher_flow_map(run, params, cond, clock), noise, keys, clock)
+
+  return jax.jit(sharding.under(mesh, draw_), out_shardings=sharding.replicated(mesh))
 
 
 def _numbers(ids):
@@ -130,7 +171,7 @@ def _by_batches(f, size, mesh, name, *trees):
   return np.concatenate(done)[:n]
 
 
-def _write(path, x_0, ids, decoded, columns):
+def _write(path, x_0, ids, decoded, columns, texts):
   """All of the file, or nothing."""
   partial = path.with_name(path.name + ".partial")
   try:
@@ -138,41 +179,124 @@ def _write(path, x_0, ids, decoded, columns):
       if path.suffix.lower() == ".npz":
         np.savez(f, x_0=x_0, labels=ids, **({} if decoded is None else {"images": decoded}))
       else:
-        f.write(images.png(images.image_grid(x_0 if decoded is None else decoded, columns)))
+        f.write(images.png(images.image_grid(x_0 if decoded is None else decoded, columns), texts))
     partial.replace(path)
   except OSError as e:
     partial.unlink(missing_ok=True)
     raise errors.UserError(f"--out: cannot write {str(path)!r} ({e})") from e
 
 
+def _write_each(folder, pictures, names, columns, texts):
+  """A picture a file, 003-02-a-green-apple.png, and all of them in grid.png."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for i, picture in enumerate(images.to_pixels(pictures)):
+    row, number = divmod(i, columns)
+    name = re.sub(r"[^a-z0-9]+", "-", names[row].lower()).strip("-")[:60]
+    own = dict(texts, prompt=names[row], number=str(number))
+    (folder / f"{row:03}-{number:02}-{name or 'sample'}.png").write_bytes(images.png(picture, own))
+  _write(folder / "grid.png", pictures, None, None, columns, texts)
+
+
+def _asked(config, run, values):
+  """(cond, ids, names) of what the command line asks for."""
+  prompts = list(values.prompt or ())
+  if values.prompts:
+    try:
+      lines = pathlib.Path(values.prompts).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+      raise errors.UserError(f"--prompts: {values.prompts!r} cannot be read ({e})") from e
+    prompts += [line.strip() for line in lines if line.strip()]
+  if not prompts:
+    with errors.flag("labels"):
+      return spec_lib.conditions(run.data, values.labels, num=values.num)
+  if "encoder" not in config.data:
+    raise errors.UserError("--prompt: this run was not trained on texts; leave it out")
+  if values.labels:
+    raise errors.UserError("--labels: rows are prompts here; leave it out")
+  with errors.flag("encoder"):
+    encoder = text_encoders.open_encoder(values.encoder or config.data.encoder, run.data.spec.cond["text"].shape[0])
+    return text_encoders.conditions(encoder, run.data.spec, prompts, values.num)
+
+
+def _sized(config, size, factor):
+  """The config with x_0 of a size in pixels."""
+  sides = size.lower().split("x")
+  if len(sides) != 2 or not all(side.isdecimal() and int(side) and int(side) % factor == 0 for side in sides):
+    raise errors.UserError(f"--size: {size!r}; give WIDTHxHEIGHT, in pixels that {factor} divides")
+  width, height = (int(side) // factor for side in sides)
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.data.shape = (height, width, config.data.shape[-1])
+  return config
+
+
+def _adder(config, run, values):
+  """What adds the adapters of --lora to weights, or None."""
+  if not values.lora:
+    return None
+  total = {}
+  for text in values.lora:
+    place, _, strength = text.rpartition(":")
+    try:
+      place, strength = (place, float(strength)) if place else (text, 1.0)
+    except ValueError:
+      place, strength = text, 1.0
+    teacher, own = trees.weights_of(config)
+    loaded = adapters.read(pathlib.Path(place).expanduser(), "--lora")
+    for where, delta in adapters.deltas(loaded, teacher if run.student is None else own, strength, place).items():
+      total[where] = total.get(where, 0) + delta
+  return functools.partial(adapters.merged, found=total)
+
+
 def _main(given):
   config, values = given.config, given.flags
   path = pathlib.Path(values.out).expanduser()
-  if path.suffix.lower() not in (".png", ".npz"):
-    raise errors.UserError(f"--out: {values.out!r} ends neither in .png nor in .npz")
-  program.check_file(values, "out")
-  mesh, run = build.mesh(config), build.run(config)
+  each = values.out.endswith("/")
+  if not each:
+    if path.suffix.lower() not in (".png", ".npz"):
+      raise errors.UserError(f"--out: {values.out!r} ends neither in .png nor in .npz, nor in a / as a folder")
+    program.check_file(values, "out")
+  mesh, autoencoder = build.mesh(config), None
+  if values.autoencoder is not None:
+    folder = workdir_lib.path_of(values.autoencoder, "--autoencoder")
+    autoencoder = weights.load_autoencoder(folder, sharding.replicated(mesh))
+  if values.size:
+    config = _sized(config, values.size, 2 ** (len(autoencoder[0].widths) - 1) if autoencoder else 1)
+  run = build.run(config)
   workdir_lib.warn_of_other(given.workdir, config)
   if remark := run.method.calls(config.sampling.nfe, config.sampling.h):
     logging.warning("%s", remark)
-  try:
-    cond, ids, names = spec_lib.conditions(run.data, values.labels, num=values.num)
-  except ValueError as e:
-    raise errors.UserError(f"--labels: {str(e).removeprefix('chosen: ')}") from e
-  autoencoder = None
-  if values.autoencoder is not None:
-    folder = workdir_lib.path_of(values.autoencoder, "--autoencoder")
-    autoencoder = weights.load_autoencoder(folder, sharding.replicated(mesh), channels=run.data.spec.x_0[-1])
-  if autoencoder is None and path.suffix.lower() == ".png" and not images.shows(run.data.spec.x_0):
+  if autoencoder is not None:
+    weights.check_channels(autoencoder, run.data.spec.x_0[-1], values.autoencoder)
+  elif path.suffix.lower() != ".npz" and not images.shows(run.data.spec.x_0):
     raise errors.UserError(f"--out: a .png shows pictures of 1 or 3 channels, x_0 is {run.data.spec.x_0}; give "
                            "--autoencoder for latents, or a .npz")
-  x_0 = draw(config, run, given.workdir, cond, ids, seed=values.seed, mesh=mesh,
-             step=weights.step_of(given.workdir, values.step))
+  if values.teacher_steps and run.teacher is None:
+    raise errors.UserError("--teacher_steps: this run has no teacher; leave it out")
+  cond, ids, names = _asked(config, run, values)
+  how = dict(seed=values.seed, mesh=mesh, added=_adder(config, run, values))
+  x_0 = draw(config, run, given.workdir, cond, ids, step=weights.step_of(given.workdir, values.step), **how)
+  if values.teacher_steps:
+    beside = draw(config, run, given.workdir, cond, ids, teacher_steps=values.teacher_steps, **how)
+    x_0, ids = (_interleaved(a, b, values.num) for a, b in ((x_0, beside), (ids, ids)))
+    names = [name for one in names for name in (one, f"{one} (teacher, {values.teacher_steps} steps)")]
   decoded = decode(autoencoder, x_0, mesh) if autoencoder else None
   if jax.process_index() == 0:
-    _write(path, x_0, ids, decoded, values.num)
+    texts = {"piflow_jax": json.dumps(dict(
+        workdir=str(given.workdir), rows=names, seed=values.seed, calls=config.sampling.nfe, h=config.sampling.h,
+        lora=values.lora))}
+    if each:
+      _write_each(path, x_0 if decoded is None else decoded, names, values.num, texts)
+    else:
+      _write(path, x_0, ids, decoded, values.num, texts)
     print(f"wrote {values.out}: {len(x_0)} samples" + (f", rows {', '.join(names)}" if any(names) else ""))
   return 0
+
+
+def _interleaved(a, b, num):
+  """Rows of num from a and from b in turn."""
+  a, b = (x.reshape(-1, num, *x.shape[1:]) for x in (a, b))
+  return np.stack([a, b], axis=1).reshape(-1, *a.shape[2:])
 
 
 PROGRAM = program.Program(_main, _define, __doc__, needs=("workdir", "out"))

@@ -241,8 +241,14 @@ def load_autoencoder(workdir, sharding, field="--autoencoder", channels=None):
     net = autoencoder.Autoencoder(**settings | {"widths": tuple(settings["widths"])})
   except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
     raise errors.UserError(f"{field}: {path} is not of this program ({type(e).__name__}: {e}); convert it again") from e
-  if channels not in (None, net.latent_channels):
-    raise errors.UserError(f"{field}: {str(workdir)!r} has latents of {net.latent_channels} channels, the data's have "
-                           f"{channels}; give the one that these latents are of")
+  if channels is not None:
+    check_channels((net, None, None), channels, workdir, field)
   placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), autoencoder.shapes(net))
   return net, load(workdir, placed, "ema", field), scales
+
+
+def check_channels(autoencoder, channels, workdir, field="--autoencoder"):
+  """Raises errors.UserError: what `load_autoencoder` gave is of other latents than these channels."""
+  if (there := autoencoder[0].latent_channels) != channels:
+    raise errors.UserError(f"{field}: {str(workdir)!r} has latents of {there} channels, the data's have {channels}; "
+                           "give the one that these latents are of")

@@ -61,7 +61,8 @@ ALLOWED = {
     # programs
     "program": {"config", "workdir"},
     "main": {"program", "train_loop"},
-    "sample": _RUN | {"images", "models.autoencoder", "program"},
+    "sample": _RUN | {"convert.adapters", "convert.trees", "data.text_encoders", "images", "models.autoencoder",
+                      "program"},
     "evaluate": _RUN | {"evaluation", "fid", "images", "program", "run_log"},
     "fid": _RUN | {"convert.inception", "evaluation"},
     "convert": {"build", "config", "flow", "lock", "lora", "models", "params", "weights", "workdir"},

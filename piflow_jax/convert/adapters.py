@@ -76,11 +76,14 @@ class Loaded(NamedTuple):
   config: dict  # config.json beside it
 
 
-def read(path):
+def read(path, flag="--source"):
   """Loaded, of a safetensors file or a folder with one, in any of the namings.
 
+  Args:
+    path: of it.
+    flag: that named it, for messages.
   Raises:
-    errors.UserError: "--source: ...": it cannot be read, or half of an adapter is missing or of another rank.
+    errors.UserError: it cannot be read, or half of an adapter is missing or of another rank.
   """
   path = pathlib.Path(path)
   beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
@@ -93,21 +96,21 @@ def read(path):
         others[_bare(key)] = source.read(key)
       elif not key.startswith("lora_te"):  # CLIP's, which this program does not run
         parts.setdefault(module, {})[part] = source.read(key)
-    about, config, where = _settings(metadata, peft), source.config, source.where
+    about, config, where = _settings(metadata, peft, flag), source.config, f"{flag}: {source.where}"
   found = {}
   for module, part in parts.items():
     if not {"a", "b"} <= part.keys() or part["a"].ndim != 2 or part["b"].ndim != 2 or (
         part["a"].shape[0] != part["b"].shape[1]):
       shapes = {k: v.shape for k, v in part.items()}
-      raise errors.UserError(f"--source: {where}: the adapter of {module} is {shapes}; A (r, in) and B (out, r) make "
+      raise errors.UserError(f"{where}: the adapter of {module} is {shapes}; A (r, in) and B (out, r) make "
                              "one")
     if bad := [name for name, x in part.items() if not np.isfinite(x.astype(np.float32)).all()]:
-      raise errors.UserError(f"--source: {where}: the adapter of {module} holds NaN or infinity, in its {bad[0]}")
+      raise errors.UserError(f"{where}: the adapter of {module} holds NaN or infinity, in its {bad[0]}")
     alpha = float(part["alpha"]) if "alpha" in part else about["alpha"](module)
     scale = lora.scale_of(part["a"].shape[0], alpha, about["rslora"])
     found |= _for_diffusers(module, Adapter(part["a"], part["b"], scale), where)
   if not found:
-    raise errors.UserError(f"--source: {where} holds no adapters (keys like {', '.join(list(source.shapes)[:3])})")
+    raise errors.UserError(f"{where} holds no adapters (keys like {', '.join(list(source.shapes)[:3])})")
   return Loaded(found, others, metadata, config)
 
 
@@ -125,14 +128,14 @@ def _bare(name):
   return name
 
 
-def _settings(metadata, peft):
+def _settings(metadata, peft, flag):
   """How a file says r and alpha: {"alpha": module -> alpha or None, "rslora": bool}."""
   known = dict(peft)
   if _METADATA in metadata:
     try:
       known = {k.removeprefix("transformer."): v for k, v in files.parse(metadata[_METADATA]).items()}
     except (ValueError, AttributeError) as e:
-      raise errors.UserError(f"--source: {_METADATA} in the header is no table ({e}); take it away") from e
+      raise errors.UserError(f"{flag}: {_METADATA} in the header is no table ({e}); take it away") from e
   patterns = known.get("alpha_pattern") or {}
 
   def alpha(module):
@@ -175,7 +178,7 @@ def _parts_of(names, adapter, where):
   width = adapter.a.shape[1]  # q, k and v are as wide as what they read
   ends = [width * (i + 1) for i in range(3)]
   if (len(names) == 3 and rows != 3 * width) or (len(names) == 4 and rows <= 3 * width):
-    raise errors.UserError(f"--source: {where}: the adapter of {names[0]} and others has {rows} rows, which are not "
+    raise errors.UserError(f"{where}: the adapter of {names[0]} and others has {rows} rows, which are not "
                            f"those of three layers of {width}")
   return {name: adapter._replace(b=b) for name, b in zip(names, np.split(adapter.b, ends[:len(names) - 1]))}
 

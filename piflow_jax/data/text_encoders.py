@@ -9,8 +9,12 @@ KIND:PLACE names one. PLACE is a folder, or what transformers finds on its hub w
 import os
 import pathlib
 from typing import Callable, NamedTuple
+import zlib
 
 import ml_dtypes
+import numpy as np
+
+from piflow_jax.data import prompt_cache
 
 KINDS = ("flux", "qwen", "auto")
 # Qwen-Image's own template (arXiv 2508.02324, section 2.2); its tokens are taken off again.
@@ -140,3 +144,28 @@ def _auto(transformers, place, tokens, device):
     return [{"text": x[:n], "pooled": x[:n].mean(0)} for x, n in zip(states, given.attention_mask.sum(1).tolist())]
 
   return model.config.hidden_size, model.config.hidden_size, False, run
+
+
+def conditions(encoder, spec, prompts, num):
+  """Conditions to draw by, `num` of each prompt, as `data.spec.conditions` gives them.
+
+  Args:
+    encoder: Encoder.
+    spec: `data.spec.Spec` of a run on `data.texts`.
+    prompts: texts.
+    num: samples of each.
+  Returns:
+    (cond tree [n, ...], ids [n] int32, prompts); an id is of a prompt's letters, so that its noises do not depend on
+    what else is asked for.
+  Raises:
+    ValueError: "encoder: ...": its texts are not such as the run was trained with.
+  """
+  tokens, width = spec.cond["text"].shape
+  pooled = spec.cond["pooled"].shape[0] if "pooled" in spec.cond else 0
+  if (encoder.width, encoder.pooled, encoder.padded) != (width, pooled, "mask" not in spec.cond):
+    raise ValueError(f"encoder: {encoder.name} gives tokens of {encoder.width} and a vector of {encoder.pooled}, the "
+                     f"run was trained with {width} and {pooled}; give its own")
+  rows = [prompt_cache.condition(arrays, encoder, tokens) for arrays in encoder.encode(prompts)]
+  cond = {name: np.stack([np.asarray(row[name], array.dtype) for row in rows]) for name, array in spec.cond.items()}
+  ids = np.array([zlib.crc32(prompt.encode()) & 0x3FFFFFFF for prompt in prompts], np.int32)
+  return {name: np.repeat(x, num, axis=0) for name, x in cond.items()}, np.repeat(ids, num), list(prompts)
