@@ -80,7 +80,7 @@ def about(weights, name, fields):
   elif weights.policy:
     count = getattr(weights.head, "points", None) or weights.head.intervals
     found["out_channels"] *= count
-  ours = dict(half_times=n.half_times, patch=n.patch)
+  ours = {name: n[name] for name in ("half_times", "patch", "guidance", "masked") if name in n}
   return found | {"piflow_jax": ours | (adapter_fields(weights.config.lora) if weights.config.lora else {})}
 
 
@@ -129,6 +129,6 @@ def remark(weights, stated_):
 
 def of(says, recognised, rows, about_, classes, sizes_, **more):
   """The one naming that such a network has: diffusers', and pi-Flow's release for students."""
-  return {"release": naming.Naming(
-      says, recognised, rows, about_, **dict(students=True, alone=True, stated=stated, classes=classes, sizes=sizes_,
-                                             remark=remark) | more)}
+  given = dict(students=True, alone=True, stated=stated, classes=classes, sizes=sizes_, remark=remark,
+               beside=("piflow_text_to_image.py", "piflow_policy.py"))
+  return {"release": naming.Naming(says, recognised, rows, about_, **given | more)}

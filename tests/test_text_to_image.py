@@ -1,0 +1,130 @@
+"""Students of FLUX.1 and Qwen-Image in small: trained, gone on with, drawn from, on one device and on eight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from piflow_jax import build
+from piflow_jax import params as params_lib
+from piflow_jax import sharding
+from piflow_jax import train_loop
+from piflow_jax import train_step
+from piflow_jax.convert import run as convert
+from piflow_jax.data import loader
+from tests import text
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """{kind: (cache of prompts with latents, cache without, teacher's workdir)}."""
+  folder, found = tmp_path_factory.mktemp("text"), {}
+  for kind in text.CONFIGS:
+    free = text.cache(folder / f"{kind}-free", kind)
+    teacher = text.teacher(folder / f"{kind}-t", kind, free)
+    found[kind] = text.cache(folder / kind, kind, shape=(4, 6, 4)), free, teacher
+  return found
+
+
+def _config(runs, kind, recipe, **more):
+  with_latents, free, teacher = runs[kind]
+  cache = free if recipe.endswith("free") else with_latents
+  return text.config(kind, recipe, cache, teacher__checkpoint=str(teacher), **more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, recipe", [
+    ("flux", "gm-4nfe"), ("flux", "parallel-free"), ("flux", "dx-poly-4nfe"), ("qwen", "gm-4nfe-free"),
+    ("qwen", "dx-4nfe")])
+def test_a_recipe_trains_goes_on_where_it_was_and_is_drawn_from(kind, recipe, runs, tmp_path):
+  alone, again = tmp_path / "alone", tmp_path / "again"
+  assert train_loop.train(_config(runs, kind, recipe), alone) == 0
+  assert train_loop.train(_config(runs, kind, recipe, steps=2), again) == 0
+  assert train_loop.train(_config(runs, kind, recipe), again) == 0
+  assert tiny.metrics(again) == tiny.metrics(alone)
+  losses = [line["loss"] for line in tiny.metrics(alone)]
+  assert np.isfinite(losses).all() and len(losses) == 4
+  got, line = tiny.invoke("piflow_jax.sample", [f"--workdir={alone}", "--labels=0", "--num=3",
+                                                f"--out={tmp_path / 'x.npz'}"])
+  assert (got, line) == (0, "")
+  x_0 = np.load(tmp_path / "x.npz")["x_0"]
+  assert x_0.shape == (3, 4, 6, 4) and np.isfinite(x_0).all() and x_0.std() > 0.1
+  convert.to_torch(alone, tmp_path / "out")
+  assert (tmp_path / "out" / "piflow_text_to_image.py").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, sizes", [("flux", (1, 4, 2)), ("qwen", (2, 2, 2))])
+def test_one_device_equals_eight(kind, sizes, runs):
+  config = _config(runs, kind, "gm-4nfe-free" if kind == "qwen" else "gm-4nfe", optimizer__moments="float32",
+                   lora__dropout=0.0)
+  found = {}
+  for mesh in (sharding.make_mesh(1, 1, devices=jax.devices()[:1]), sharding.make_mesh(*sizes)):
+    run = build.run(config)
+    jitted = train_step.compile(config, mesh, run)
+    teacher = train_step.load_teacher(config, run, jitted.teacher)
+    state, key, losses = jitted.init(jax.random.key(1), teacher), jax.random.key(0), []
+    batches = loader.batches(run.data.records("train"), run.data.spec, batch_size=config.batch_size, seed=0)
+    for _ in range(4):
+      batch = sharding.place_batch(next(batches), mesh, config.batch_size)
+      state, metrics = jitted.step(state, teacher, batch, key)
+      losses.append(float(metrics["loss"]))
+    found[mesh.size] = losses, jax.device_get(state.params)
+    if mesh.size == 8:
+      split = params_lib.named_leaves(jitted.teacher)["double_blocks/image/q/kernel" if kind == "flux" else
+                                                      "blocks/image/q/kernel"].sharding.spec
+      assert tuple(split) == (None, "fsdp", "tensor")
+  np.testing.assert_allclose(found[8][0], found[1][0], rtol=5e-5)
+  # Adam divides by the root of a tiny second moment, which carries rounding of a gradient near zero into a parameter.
+  for a, b in zip(*(jax.tree.leaves(found[n][1]) for n in (8, 1)), strict=True):
+    assert np.abs(a - b).max() < 5e-3 and np.abs(a - b).mean() < 1e-4
+
+
+def test_the_base_exists_once(runs):
+  """By the compiled step: its arguments are the teacher's arrays and what is trained, and it makes no second base."""
+  config = _config(runs, "flux", "gm-4nfe", batch_size=1, network__heads=16, network__single_depth=6)
+  config.lora.rank = 1
+  mesh, run = sharding.make_mesh(1, 1, devices=jax.devices()[:1]), build.run(config)
+  jitted = train_step.compile(config, mesh, run)
+
+  def size(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+  split, spec = jax.NamedSharding(mesh, sharding.BATCH), run.data.spec
+  batch = {"x_0": jax.ShapeDtypeStruct((1, *spec.x_0), jnp.float32, sharding=split), "cond": {
+      k: jax.ShapeDtypeStruct((1, *a.shape), a.dtype, sharding=split) for k, a in spec.cond.items()}}
+  memory = jitted.step.lower(jitted.state, jitted.teacher, batch, jax.random.key(0)).compile().memory_analysis()
+  base, state = size(jitted.teacher), size(jitted.state)
+  assert base > 10 * size(jitted.state.params)
+  assert memory.argument_size_in_bytes < base + state + size(batch) + 4096
+  assert memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes < base / 2
+
+
+def test_full_size_recipes_trace_and_shard():
+  """Parameters as diffusers counts them, and those that are trained as the authors' files have them."""
+  for kind, whole, trained in (("flux", 11_901_408_320, 653_697_569), ("qwen", 20_430_401_088, 961_978_913)):
+    config = text.CONFIGS[kind].get_config("gm-4nfe-free")
+    run, mesh = build.run(config), sharding.make_mesh(1, 8)
+    jitted = train_step.compile(config, mesh, run)
+
+    def count(tree):
+      return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    assert count(jitted.teacher) == whole
+    spare = 2 * 256 * (3072 + 12288) if kind == "qwen" else 0  # of the last block's text, which nothing reads
+    assert count(jitted.state.params) == trained + spare
+    split = jax.NamedSharding(mesh, sharding.BATCH)
+    batch = {"x_0": jax.ShapeDtypeStruct((config.batch_size, *config.data.shape), jnp.float32, sharding=split),
+             "cond": {k: jax.ShapeDtypeStruct((config.batch_size, *a.shape), a.dtype, sharding=split)
+                      for k, a in run.data.spec.cond.items()}}
+    if kind == "flux":  # Qwen's negative prompt is in its cache
+      state, metrics = jax.eval_shape(jitted.step, jitted.state, jitted.teacher, batch, jax.random.key(0))
+      assert metrics["loss"].shape == ()
+      assert jax.tree.map(jnp.shape, state) == jax.tree.map(lambda s: s.shape, jitted.state)
+
+
+@pytest.mark.parametrize("kind, argument", [("flux", "gm"), ("flux", "gm-4nfe,100x100"), ("qwen", "dx-4nfe,16")])
+def test_a_recipe_that_is_none_is_refused(kind, argument):
+  with pytest.raises(ValueError, match="choose RECIPE or RECIPE,HEIGHTxWIDTH"):
+    text.CONFIGS[kind].get_config(argument)
