@@ -1,6 +1,8 @@
 """FLUX.1 and Qwen-Image against diffusers' with the same random weights, through the converters (float32)."""
 
+import importlib
 import json
+import sys
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from piflow_jax import errors
 from piflow_jax import flow
 from piflow_jax import lora
 from piflow_jax import params as params_lib
+from piflow_jax import sampler
 from piflow_jax import teacher
 from piflow_jax import weights as weights_lib
 from piflow_jax import workdir as workdir_lib
@@ -289,3 +292,30 @@ def test_adapters_from_here_load_into_diffusers_in_each_naming(naming, tmp_path)
   x, t, cond = _inputs("flux", (4, 6, 4))
   want = _their_velocity("flux", model, x, t, cond)
   np.testing.assert_allclose(_their_velocity("flux", fresh, x, t, cond), want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("kind", ["flux", "qwen"])
+def test_a_students_export_is_sampled_by_pytorch_alone(kind, tmp_path, monkeypatch):
+  config, workdir, run_ = _trained_student(kind, tmp_path)
+  run.to_torch(workdir, tmp_path / "out")
+  x, _, cond = _inputs(kind, (4, 6, 4))
+  if kind == "qwen":  # prompts of several lengths
+    cond["mask"][0, 3:] = 0
+    cond["text"][0, 3:] = 0
+  teacher_params = making.weights(_config(kind), tmp_path / "teacher")
+  clock = build.sampling_clock(config, run_)
+
+  @jax.jit
+  def draw(params, base, noise):
+    return sampler.sample(run_.method.flow_map(params, base, cond, clock), noise, None, clock)
+
+  want = np.asarray(draw(_loaded(workdir, run_), teacher_params, x)).transpose(0, 3, 1, 2)
+  for name in ("piflow_text_to_image", "piflow_policy"):
+    monkeypatch.delitem(sys.modules, name, raising=False)
+  monkeypatch.syspath_prepend(str(tmp_path / "out"))
+  alone = importlib.import_module("piflow_text_to_image")
+  assert alone.__file__.startswith(str(tmp_path / "out"))
+  model = alone.load(tmp_path / "out", tmp_path / "theirs")
+  got = alone.sample(model, torch.tensor(x.transpose(0, 3, 1, 2)), {k: torch.tensor(v) for k, v in cond.items()})
+  assert np.abs(want).max() > 0.3
+  np.testing.assert_allclose(got.numpy(), want, atol=2e-4 * np.abs(want).max())
