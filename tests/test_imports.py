@@ -37,7 +37,7 @@ ALLOWED = {
     # what is kept
     "lock": set(),
     "checkpoint": {"checksums"},
-    "weights": {"checkpoint", "checksums", "models.autoencoder", "params"},
+    "weights": {"checkpoint", "checksums", "models.autoencoder", "models.qwen_autoencoder", "params"},
     "run_log": {"images"},
     "workdir": {"config"},
     # a config made a run

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import text_to_image
 from piflow_jax import build
 from piflow_jax import params as params_lib
 from piflow_jax import sharding
@@ -33,10 +34,33 @@ def _config(runs, kind, recipe, **more):
   return text.config(kind, recipe, cache, teacher__checkpoint=str(teacher), **more)
 
 
+def _batch(config, run, mesh):
+  split = jax.NamedSharding(mesh, sharding.BATCH)
+  return {"x_0": jax.ShapeDtypeStruct((config.batch_size, *run.data.spec.x_0), jnp.float32, sharding=split), "cond": {
+      k: jax.ShapeDtypeStruct((config.batch_size, *a.shape), a.dtype, sharding=split)
+      for k, a in run.data.spec.cond.items()}}
+
+
+# Each recipe of one network or the other: they share all but their blocks.
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, recipe", [
-    ("flux", "gm-4nfe"), ("flux", "parallel-free"), ("flux", "dx-poly-4nfe"), ("qwen", "gm-4nfe-free"),
-    ("qwen", "dx-4nfe")])
+    pair for i, recipe in enumerate(text_to_image.RECIPES) for pair in [(list(text.CONFIGS)[i % 2], recipe)]])
+def test_every_recipe_traces(kind, recipe, runs):
+  config = _config(runs, kind, recipe)
+  run, mesh = build.run(config), sharding.make_mesh(2, 2, 2)
+  jitted = train_step.compile(config, mesh, run)
+  state, metrics = jax.eval_shape(
+      jitted.step, jitted.state, jitted.teacher, _batch(config, run, mesh), jax.random.key(0))
+  assert metrics["loss"].shape == () and jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, jitted.state)
+  assert run.method.calls(config.sampling.nfe, 0.0) is None
+  adapted = {name.rpartition("/")[0] for name in params_lib.named_leaves(jitted.state.params) if "lora" in name}
+  # On the feed-forward layers and the time embedder, and nowhere else.
+  assert {name.rpartition("/")[2] for name in adapted} == {"mlp_in", "mlp_out", "time_in", "time_out"} | (
+      {"out"} if kind == "flux" else set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, recipe", [("flux", "gm-4nfe"), ("qwen", "gm-4nfe-free")])
 def test_a_recipe_trains_goes_on_where_it_was_and_is_drawn_from(kind, recipe, runs, tmp_path):
   alone, again = tmp_path / "alone", tmp_path / "again"
   assert train_loop.train(_config(runs, kind, recipe), alone) == 0
@@ -83,7 +107,8 @@ def test_one_device_equals_eight(kind, sizes, runs):
 
 def test_the_base_exists_once(runs):
   """By the compiled step: its arguments are the teacher's arrays and what is trained, and it makes no second base."""
-  config = _config(runs, "flux", "gm-4nfe", batch_size=1, network__heads=16, network__single_depth=6)
+  config = _config(runs, "flux", "gm-4nfe", batch_size=1, network__heads=16, network__single_depth=6,
+                   network__remat="full")
   config.lora.rank = 1
   mesh, run = sharding.make_mesh(1, 1, devices=jax.devices()[:1]), build.run(config)
   jitted = train_step.compile(config, mesh, run)
@@ -91,9 +116,7 @@ def test_the_base_exists_once(runs):
   def size(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-  split, spec = jax.NamedSharding(mesh, sharding.BATCH), run.data.spec
-  batch = {"x_0": jax.ShapeDtypeStruct((1, *spec.x_0), jnp.float32, sharding=split), "cond": {
-      k: jax.ShapeDtypeStruct((1, *a.shape), a.dtype, sharding=split) for k, a in spec.cond.items()}}
+  batch = _batch(config, run, mesh)
   memory = jitted.step.lower(jitted.state, jitted.teacher, batch, jax.random.key(0)).compile().memory_analysis()
   base, state = size(jitted.teacher), size(jitted.state)
   assert base > 10 * size(jitted.state.params)
@@ -101,7 +124,7 @@ def test_the_base_exists_once(runs):
   assert memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes < base / 2
 
 
-def test_full_size_recipes_trace_and_shard():
+def test_full_size_recipes_have_the_published_numbers_of_parameters():
   """Parameters as diffusers counts them, and those that are trained as the authors' files have them."""
   for kind, whole, trained in (("flux", 11_901_408_320, 653_697_569), ("qwen", 20_430_401_088, 961_978_913)):
     config = text.CONFIGS[kind].get_config("gm-4nfe-free")
@@ -114,14 +137,6 @@ def test_full_size_recipes_trace_and_shard():
     assert count(jitted.teacher) == whole
     spare = 2 * 256 * (3072 + 12288) if kind == "qwen" else 0  # of the last block's text, which nothing reads
     assert count(jitted.state.params) == trained + spare
-    split = jax.NamedSharding(mesh, sharding.BATCH)
-    batch = {"x_0": jax.ShapeDtypeStruct((config.batch_size, *config.data.shape), jnp.float32, sharding=split),
-             "cond": {k: jax.ShapeDtypeStruct((config.batch_size, *a.shape), a.dtype, sharding=split)
-                      for k, a in run.data.spec.cond.items()}}
-    if kind == "flux":  # Qwen's negative prompt is in its cache
-      state, metrics = jax.eval_shape(jitted.step, jitted.state, jitted.teacher, batch, jax.random.key(0))
-      assert metrics["loss"].shape == ()
-      assert jax.tree.map(jnp.shape, state) == jax.tree.map(lambda s: s.shape, jitted.state)
 
 
 @pytest.mark.parametrize("kind, argument", [("flux", "gm"), ("flux", "gm-4nfe,100x100"), ("qwen", "dx-4nfe,16")])

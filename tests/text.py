@@ -22,6 +22,7 @@ FIELDS = _NETWORK | {
     "batch_size": 8, "steps": 4, "log_every": 1, "checkpoint_every": 2, "method.total_substeps": 16,
     "policy.components": 3, "policy.logstd_width": 16, "policy.intervals": 8, "method.min_block": 2,
     "method.max_block": 2, "lora.rank": 4, "optimizer.warmup_steps": 2, "ema.start": 2, "sampling.images": 4,
+    "optimizer.moments": "float32",
     "mesh.data": -1, "mesh.fsdp": 1, "evaluation.batch_size": 8, "optimizer.learning_rate": 1e-2}
 
 

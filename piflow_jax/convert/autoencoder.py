@@ -152,6 +152,9 @@ def write_plan(path, shapes):
   """
   try:
     known = files.parse(path.read_text())
+    if known.get("kind") == "qwen_image":
+      raise errors.UserError(f"--workdir: {path}: of Qwen-Image's autoencoder only what single images need is here; "
+                             "give PyTorch users the original")
     settings = known["settings"] | {"widths": tuple(known["settings"]["widths"])}
     wanted = params_lib.named_leaves(autoencoder.shapes(autoencoder.Autoencoder(**settings)))
     about = known["config"] | diffusers_config(settings, known["scales"])

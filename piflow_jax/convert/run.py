@@ -18,6 +18,7 @@ from piflow_jax.convert import autoencoder
 from piflow_jax.convert import files
 from piflow_jax.convert import naming as naming_lib
 from piflow_jax.convert import paths
+from piflow_jax.convert import qwen_autoencoder
 from piflow_jax.convert import table
 from piflow_jax.convert import trees
 from piflow_jax.models import autoencoder as autoencoder_lib
@@ -40,10 +41,10 @@ def from_torch(path, workdir, config=None, *, naming=None, dry_run=False):
   namings = {} if config is None else _namings(*trees.networks_of(config))
   with files.open_source(path) as source:
     source = files.without_prefix(source, functools.partial(_recognised, namings))
-    if autoencoder.recognised(source.shapes):
+    if _of_autoencoder(source.shapes):
       if naming:
         raise errors.UserError(f"--format: {source.where} is an autoencoder, which has one naming; leave it out")
-      entries, leaves, about = autoencoder.read_plan(source)
+      entries, leaves, about = _of_autoencoder(source.shapes).read_plan(source)
       write = functools.partial(_write_text, epath.Path(workdir) / autoencoder_lib.FILE, json.dumps(about))
       flag = "--autoencoder"
     elif config is None:
@@ -103,6 +104,11 @@ def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32
     print(f"wrote {out}: {', '.join(written)}")
 
 
+def _of_autoencoder(keys):
+  """The module of the autoencoder whose keys these are, or None."""
+  return next((module for module in (qwen_autoencoder, autoencoder) if module.recognised(keys)), None)
+
+
 def _namings(*networks):
   found = {}
   for network in networks:
@@ -111,7 +117,7 @@ def _namings(*networks):
 
 
 def _recognised(namings, keys):
-  return autoencoder.recognised(keys) or any(naming.recognised(keys) for naming in namings.values())
+  return _of_autoencoder(keys) is not None or any(naming.recognised(keys) for naming in namings.values())
 
 
 def _chosen(given, namings):

@@ -3,9 +3,11 @@
   npm pack emoji-datasource-google && tar -xzf emoji-datasource-google-*.tgz
   python -m piflow_jax.data.emoji --source=package --out=pairs.jsonl
 
---source is the unpacked npm package emoji-datasource-google (Noto Color Emoji: pictures of 64 x 64, names of Unicode).
-A picture has a row for each of its names: Unicode's and, where its words are others, the one that people type. Skin
-tones are named too. Flags of countries, whose names say nothing of how they look, are left out unless --flags.
+--source is the unpacked npm package emoji-datasource-google (Noto Color Emoji: 64 x 64 pixels, names of Unicode). A
+picture has a row for each of its names: Unicode's and, where its words are others, the one that people type. Skin tones
+are named too. Flags of countries, whose names say nothing of how they look, are left out unless --flags.
+--wording="an icon of {}" says the names otherwise, --every=16 takes each sixteenth picture: so a list is made of
+wordings that no training saw.
 """
 
 import json
@@ -56,9 +58,24 @@ def _of(emoji, folder):
         yield {"prompt": one + tone, "image": str(path.resolve())}
 
 
+def reworded(rows, wording, every):
+  """Each every-th picture of rows under its first name, said otherwise; `wording` has {} in the name's place.
+
+  Raises:
+    ValueError: "wording: ...": it has no {}, or more than one.
+  """
+  if wording.count("{}") != 1:
+    raise ValueError(f"wording: {wording!r} must have {{}} once, where the name goes")
+  first = {row["image"]: row for row in reversed(rows)}
+  chosen = list(reversed(first.values()))[::every]
+  return [row | {"prompt": wording.format(row["prompt"])} for row in chosen]
+
+
 def _define(values):
   flags.DEFINE_string("source", None, "The unpacked npm package emoji-datasource-google.", flag_values=values)
   flags.DEFINE_string("out", None, "The .jsonl file to write.", flag_values=values)
+  flags.DEFINE_string("wording", "{}", "What a name becomes, {} being the name.", flag_values=values)
+  flags.DEFINE_integer("every", 1, "Take one picture of so many.", lower_bound=1, flag_values=values)
   flags.DEFINE_bool("flags", False, "Flags of countries too.", flag_values=values)
 
 
@@ -67,6 +84,9 @@ def _main(given):
   program.check_file(values, "out")
   with errors.flag("source"):
     found = pairs(os.path.expanduser(values.source), values["flags"].value)
+  if values.wording != "{}" or values.every > 1:
+    with errors.flag("wording"):
+      found = reworded(found, values.wording, values.every)
   path = pathlib.Path(values.out).expanduser()
   partial = path.with_name(f"{path.name}.partial")
   partial.write_text("".join(json.dumps(pair) + "\n" for pair in found))

@@ -197,8 +197,12 @@ def of_pictures(kind, path, autoencoder, *, size, mirror, batch_size, name):
   channels = net.latent_channels
   return Job(
       source.names, source.classes, (side, side, channels), views, True,
-      (float(scales.get("shift_factor", 0.0)),) * channels, (float(scales["scaling_factor"]),) * channels, arrays,
+      _by_channel(scales.get("shift_factor", 0.0), channels), _by_channel(scales["scaling_factor"], channels), arrays,
       {"source": f"{kind}:{source.place}", "crop": "adm", "size": size} | name)
+
+
+def _by_channel(value, channels):
+  return (float(value),) * channels if isinstance(value, (int, float)) else tuple(map(float, value))
 
 
 def of_latents(kind, path):

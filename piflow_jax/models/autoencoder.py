@@ -15,13 +15,21 @@ FILE = "autoencoder.json"  # in a workdir: {"settings": fields of Autoencoder, "
 
 
 def to_latents(mean, *, scaling_factor, shift_factor=0.0):
-  """Latents as a flow model takes them: (mean - shift) * scale. SD: scale 0.18215, shift 0; FLUX: 0.3611, 0.1159."""
-  return (mean - shift_factor) * scaling_factor
+  """Latents as a flow model takes them: (mean - shift) * scale. SD: scale 0.18215, shift 0; FLUX: 0.3611, 0.1159.
+
+  Either is a number, or a list of one a channel (Qwen-Image: 1 / deviation, mean).
+  """
+  return (mean - _by_channel(shift_factor, mean)) * _by_channel(scaling_factor, mean)
 
 
 def from_latents(latents, *, scaling_factor, shift_factor=0.0):
   """The inverse of `to_latents`: latents as `Autoencoder.decode` takes them."""
-  return latents / scaling_factor + shift_factor
+  return latents / _by_channel(scaling_factor, latents) + _by_channel(shift_factor, latents)
+
+
+def _by_channel(value, like):
+  return value if isinstance(value, (int, float)) else jnp.asarray(value, jnp.float32).reshape(
+      (1,) * (like.ndim - 1) + (-1,))
 
 
 def sample(mean, logvar, key):
@@ -209,6 +217,6 @@ class Autoencoder(nn.Module):
 
 
 def shapes(net):
-  """The tree of an Autoencoder's parameters."""
+  """The tree of the parameters of an Autoencoder, or of a network like one."""
   size = 2 ** (len(net.widths) - 1)
   return jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros((1, size, size, net.channels))))["params"]

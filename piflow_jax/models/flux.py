@@ -20,11 +20,11 @@ from piflow_jax.models import network
 FREE = ("remat", "attention", "unroll")  # how it is computed, not what: may change on a restart
 
 SHARDING = (
+    (r"head/(out|means|logweights|logstd_in|logstd_out)/kernel", ("fsdp",)),
     *joint.STREAM_SHARDING,
     (r"(time|guidance|pooled)_(in|out)/kernel", ("fsdp",)),
     (r"adaln_out/kernel", ("fsdp",)),
     (r"(patch_embed|text_embed)/kernel", (None, "fsdp")),
-    (r"head/(out|means|logweights|logstd_in|logstd_out)/kernel", ("fsdp",)),
     (r".*/bias", ()),
 )
 

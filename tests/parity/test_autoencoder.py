@@ -173,3 +173,32 @@ def test_what_does_not_fit_is_told(tmp_path):
   with pytest.raises(errors.UserError, match="no config.json beside"):
     run.from_torch(tmp_path / "theirs", tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_qwens_autoencoder_of_one_image_is_the_original(tmp_path):
+  model = diffusers.AutoencoderKLQwenImage(
+      base_dim=8, z_dim=4, dim_mult=[1, 2, 4, 4], temperal_downsample=[False, True, True], attn_scales=[],
+      latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 2.0, 0.5, 1.0]).eval()
+  generator = torch.Generator().manual_seed(0)
+  model.load_state_dict({
+      name: torch.randn(w.shape, generator=generator) * (0.3 if w.ndim < 2 or "gamma" in name else w[0].numel() ** -0.5)
+      + ("gamma" in name) for name, w in model.state_dict().items()})
+  model.save_pretrained(tmp_path / "theirs")
+  net, params, scales = _converted(tmp_path / "theirs", tmp_path)
+  images = np.random.default_rng(0).uniform(-1, 1, (2, 24, 16, 3)).astype(np.float32)  # not square
+  with torch.no_grad():
+    theirs = model.encode(torch.tensor(images.transpose(0, 3, 1, 2))[:, :, None]).latent_dist
+    back = model.decode(theirs.mean).sample
+  mean, logvar = jax.jit(lambda p, x: net.apply({"params": p}, x, method="encode"))(params, images)
+  _close(mean, theirs.mean[:, :, 0], 1e-4)
+  _close(logvar, theirs.logvar[:, :, 0], 1e-4)
+  got = jax.jit(lambda p, x: net.apply({"params": p}, x, method="decode"))(params, mean)
+  _close(got, back[:, :, 0], 1e-4)
+  assert back.abs().max() <= 1 and back.std() > 0.1
+  # As the pipeline scales: (z - mean) / deviation.
+  mean_, std = (torch.tensor(model.config[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+  latents = autoencoder.to_latents(mean, **scales)
+  _close(latents, (theirs.mean[:, :, 0] - mean_) / std, 1e-4)
+  np.testing.assert_allclose(autoencoder.from_latents(latents, **scales), mean, atol=1e-6)
+  with pytest.raises(errors.UserError, match="only what single images need is here"):
+    run.to_torch(tmp_path / "run", tmp_path / "out")
