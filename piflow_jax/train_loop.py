@@ -20,6 +20,7 @@ from piflow_jax import checkpoint
 from piflow_jax import errors
 from piflow_jax import images
 from piflow_jax import lock
+from piflow_jax import params as params_lib
 from piflow_jax import run_log
 from piflow_jax import sharding
 from piflow_jax import train_step
@@ -99,8 +100,11 @@ def _load_teacher(around):
   workdir_lib.check_teacher(config)
   shapes = jitted.teacher
   if not workdir_lib.begun(around.workdir):
-    # A student starts from the teacher's weights as they were saved; those that are kept beside it may be narrower.
-    shapes = jax.tree.map(train_step.as_saved, shapes)
+    # A student starts from the teacher's weights as they were saved; those that are kept beside it may be narrower,
+    # and of what is frozen nothing else is ever read: twelve billion numbers need not be there in float32 first.
+    frozen = params_lib.named_leaves(around.run.base_shapes or {})
+    shapes = params_lib.map_with_path(
+        lambda name, shape: shape if name in frozen else train_step.as_saved(shape), shapes)
   return train_step.load_teacher(config, around.run, shapes)
 
 

@@ -44,8 +44,8 @@ ALLOWED = {
     "build": {"adam8", "config", "data.spec", "distill.method", "flow", "lora", "models.layers", "models.network",
               "params", "sampler", "sharding", "student", "teacher"},
     "train_step": {"build", "params", "sampler", "sharding", "weights"},
-    "train_loop": {"build", "checkpoint", "data.loader", "data.spec", "evaluation.during", "images", "lock", "run_log",
-                   "sharding", "train_step", "workdir"},
+    "train_loop": {"build", "checkpoint", "data.loader", "data.spec", "evaluation.during", "images", "lock", "params",
+                   "run_log", "sharding", "train_step", "workdir"},
     # measuring: figures of arrays first, of runs then
     "evaluation": {"config", "data.spec", "images"},
     "evaluation.inception_features": {

@@ -1,10 +1,14 @@
 """Students of FLUX.1 and Qwen-Image in small: trained, gone on with, drawn from, on one device and on eight."""
 
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import emoji
 from configs import text_to_image
 from piflow_jax import build
 from piflow_jax import params as params_lib
@@ -135,8 +139,46 @@ def test_full_size_recipes_have_the_published_numbers_of_parameters():
       return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
     assert count(jitted.teacher) == whole
+    # The 16 channels of a latent are no axis to split: 64 devices do not divide them.
+    assert tuple(jitted.teacher["head"]["out"]["kernel"].sharding.spec) == ("fsdp",)
     spare = 2 * 256 * (3072 + 12288) if kind == "qwen" else 0  # of the last block's text, which nothing reads
     assert count(jitted.state.params) == trained + spare
+
+
+@pytest.mark.parametrize("role", emoji.ROLES)
+def test_emojis_config_is_a_run_and_its_student_is_sampled_as_it_was_trained(role):
+  config = emoji.get_config(role)
+  run = build.run(config)
+  assert run.method.calls(config.sampling.nfe, 0.0) is None
+  assert (run.base_shapes is None) == (role == "teacher")
+  with pytest.raises(ValueError, match="choose one"):
+    emoji.get_config("student2")
+
+
+def test_names_of_emoji_become_pairs(tmp_path):
+  folder = tmp_path / "package"
+  (folder / "img/google/64").mkdir(parents=True)
+  for name in ("a.png", "b.png", "b-1.png", "c.png"):
+    (folder / "img/google/64" / name).write_bytes(b"x")
+  table = [
+      {"name": "RED APPLE", "short_name": "apple", "short_names": ["apple"], "category": "Food", "image": "a.png"},
+      {"name": "WAVING HAND SIGN", "short_name": "wave", "short_names": ["wave"], "category": "People",
+       "image": "b.png", "skin_variations": {"1F3FB": {"image": "b-1.png"}, "1F3FC": {"image": "lost.png"}}},
+      {"name": "Flag", "short_name": "flag", "short_names": ["flag"], "category": "Flags", "image": "c.png"}]
+  (folder / "emoji.json").write_text(json.dumps(table))
+  assert tiny.invoke("piflow_jax.data.emoji", [f"--source={folder}", f"--out={tmp_path / 'p.jsonl'}"]) == (0, "")
+  rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+  assert [(row["prompt"], pathlib.Path(row["image"]).name) for row in rows] == [
+      ("red apple", "a.png"), ("waving hand sign", "b.png"), ("wave", "b.png"),
+      ("waving hand sign, light skin tone", "b-1.png"), ("wave, light skin tone", "b-1.png")]
+  assert tiny.invoke("piflow_jax.data.emoji", [
+      f"--source={folder}", f"--out={tmp_path / 'h.jsonl'}", "--wording=an icon of {}", "--every=2"]) == (0, "")
+  rows = [json.loads(line)["prompt"] for line in (tmp_path / "h.jsonl").read_text().splitlines()]
+  assert rows == ["an icon of red apple", "an icon of waving hand sign, light skin tone"]
+  tiny.refused("piflow_jax.data.emoji", [f"--source={tmp_path}", f"--out={tmp_path / 'x.jsonl'}"],
+               "--source:", "no unpacked emoji-datasource-google")
+  tiny.refused("piflow_jax.data.emoji", [f"--source={folder}", f"--out={tmp_path / 'x.jsonl'}", "--wording=icon"],
+               "--wording:", "must have {} once")
 
 
 @pytest.mark.parametrize("kind, argument", [("flux", "gm"), ("flux", "gm-4nfe,100x100"), ("qwen", "dx-4nfe,16")])

@@ -85,7 +85,13 @@ def read(path, flag="--source"):
   Raises:
     errors.UserError: it cannot be read, or half of an adapter is missing or of another rank.
   """
-  path = pathlib.Path(path)
+  try:
+    return _read(pathlib.Path(path), flag)
+  except errors.UserError as e:
+    raise errors.UserError(str(e).replace("--source:", f"{flag}:", 1)) from e
+
+
+def _read(path, flag):
   beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
   peft = files.read_json(beside) if beside.exists() else {}
   with files.open_source(path) as source:

@@ -23,6 +23,8 @@ from piflow_jax.convert import table
 from piflow_jax.convert import trees
 from piflow_jax.models import autoencoder as autoencoder_lib
 
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
 
 def from_torch(path, workdir, config=None, *, naming=None, dry_run=False):
   """Make a PyTorch checkpoint the workdir of a finished run, one tensor after the other.
@@ -267,11 +269,15 @@ def _leaves(entries, leaves, source, workdir):
     of_leaf.setdefault(entry.path, []).append(entry)
   with tqdm.tqdm(total=len(entries), unit="tensor", desc=str(workdir), disable=None) as bar:
     for path, shape in leaves.items():
-      leaf = np.empty(shape.shape, shape.dtype)
+      leaf = None
       for entry in of_leaf[path]:
-        part = () if entry.layer is None else entry.layer
+        part, array = () if entry.layer is None else entry.layer, entry.to_here(source.read)
+        if leaf is None:  # bfloat16 is kept: a checkpoint of 40 GB would be 80 in float32
+          leaf = np.empty(shape.shape, array.dtype if array.dtype == _BFLOAT16 else shape.dtype)
+        elif leaf.dtype != shape.dtype and array.dtype != leaf.dtype:
+          leaf = leaf.astype(shape.dtype)
         with np.errstate(over="ignore"):  # float64 beyond float32's range becomes infinite, and is found
-          leaf[part] = entry.to_here(source.read)
+          leaf[part] = array
         if not table.is_finite(leaf[part]):
           broken += entry.keys
         bar.update()

@@ -8,10 +8,12 @@ from PIL import Image
 import pytest
 
 from piflow_jax import config as config_lib
+from piflow_jax.convert import adapters
 from piflow_jax.data import prompt_cache
 from piflow_jax.data import prompts
 from piflow_jax.data import text_encoders
 from piflow_jax.data import texts
+from tests import text
 from tests import tiny
 
 torch = pytest.importorskip("torch")
@@ -165,9 +167,9 @@ def test_shards_that_are_there_are_not_encoded_again_and_the_bytes_are_the_same(
 
 def test_what_is_wrong_with_a_list_or_a_cache_is_one_line(pairs, tmp_path):
   bad = tmp_path / "bad.jsonl"
-  for text, words in (('{"prompt": 3}\n', "row 1 has no text 'prompt'"), ("{\n", "line 1 is no JSON"),
-                      ("", "lists none")):
-    bad.write_text(text)
+  for content, words in (('{"prompt": 3}\n', "row 1 has no text 'prompt'"), ("{\n", "line 1 is no JSON"),
+                         ("", "lists none")):
+    bad.write_text(content)
     tiny.refused(PROGRAM, [f"--prompts={bad}", "--encoder=auto:x", f"--out={tmp_path / 'o'}"], "--prompts:", words)
   tiny.refused(PROGRAM, [f"--prompts={tmp_path / 'no.txt'}", "--encoder=auto:x", f"--out={tmp_path / 'o'}"],
                "--prompts:", "is not there")
@@ -186,3 +188,44 @@ def test_what_is_wrong_with_a_list_or_a_cache_is_one_line(pairs, tmp_path):
   tiny.refused(PROGRAM, [f"--out={out}", "--check"], "is not what was written: its CRC-32 differs")
   shard.write_bytes(data[:-9])
   tiny.refused(PROGRAM, [f"--out={out}", "--check"], "is it torn?")
+
+
+def test_a_run_is_drawn_from_by_prompts_with_others_adapters_into_files_that_say_how(pairs, tmp_path, capsys):
+  cache = tmp_path / "cache"
+  assert tiny.invoke(PROGRAM, _arguments(pairs, cache, "--size=8")) == (0, "")
+  run = text.teacher(tmp_path / "run", "flux", cache)
+
+  def sample(out, *more):
+    given = [f"--workdir={run}", f"--out={out}", "--config.sampling.nfe=2", "--num=2", *more]
+    assert tiny.invoke("piflow_jax.sample", given) == (0, ""), more
+
+  both, alone = tmp_path / "both.npz", tmp_path / "alone.npz"
+  sample(both, "--prompt=a cat", "--prompt=colour b")
+  sample(alone, "--prompt=colour b")
+  # A prompt's noises are its own, whatever else is asked for; another batch rounds otherwise.
+  np.testing.assert_allclose(np.load(both)["x_0"][2:], np.load(alone)["x_0"], atol=1e-4)
+  assert np.abs(np.load(both)["x_0"][:2] - np.load(both)["x_0"][2:]).max() > 0.1
+
+  a, b = (np.full(shape, 0.3, np.float32) for shape in ((2, 32), (32, 2)))
+  adapters.write(tmp_path / "style", adapters.Loaded(
+      {"transformer_blocks.0.attn.to_q": adapters.Adapter(a, b, 1.0)}, {}, {}, {}), "kohya")
+  style = tmp_path / "style" / "adapters.safetensors"
+  for strength, changes in ((0, False), (1, True)):
+    sample(tmp_path / "styled.npz", "--prompt=colour b", f"--lora={style}:{strength}")
+    changed = np.abs(np.load(tmp_path / "styled.npz")["x_0"] - np.load(alone)["x_0"]).max()
+    assert (changed > 1e-4) == changes, changed
+
+  folder = f"{tmp_path / 'pictures'}/"
+  (tmp_path / "list.txt").write_text("a cat\n\ncolour b\n")
+  sample(folder, f"--prompts={tmp_path / 'list.txt'}", "--size=12x8")
+  names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+  assert names == ["000-00-a-cat.png", "000-01-a-cat.png", "001-00-colour-b.png", "001-01-colour-b.png", "grid.png"]
+  picture = Image.open(tmp_path / "pictures" / names[2])
+  assert picture.size == (12, 8) and picture.text["prompt"] == "colour b"
+  assert json.loads(picture.text["piflow_jax"])["seed"] == 0
+  for more, words in ((["--prompt=x", "--labels=1"], ("--labels:", "rows are prompts")),
+                      (["--prompt=x", "--encoder=x"], ("--encoder:", "KIND:PLACE")),
+                      (["--prompt=x", "--size=12"], ("--size:", "WIDTHxHEIGHT")),
+                      (["--prompt=x", "--teacher-steps=3"], ("--teacher_steps:", "has no teacher")),
+                      (["--prompt=x", f"--lora={tmp_path / 'no'}"], ("--lora:", "is not there"))):
+    tiny.refused("piflow_jax.sample", [f"--workdir={run}", f"--out={alone}", *more], *words)
