@@ -89,7 +89,8 @@ emoji: .venv-torch/ready  ## text to image in small: prompts, a FLUX.1-shaped te
 	@echo "== 3/4 student, by prompts alone -> $(EMOJI)/student"
 	@$(CACHE) $(TORCH) -m piflow_jax.main --config=configs/emoji.py:student --workdir=$(EMOJI)/student $(ARGS)
 	@echo "== 4/4 evaluation on held-out wordings, and pictures of prompts -> $(EMOJI)/prompts.png"
-	@$(CACHE) $(TORCH) -m piflow_jax.evaluate --workdir=$(EMOJI)/student
+	@$(CACHE) $(TORCH) -m piflow_jax.evaluate --workdir=$(EMOJI)/student --config.evaluation.samples=100 \
+		--config.evaluation.batch_size=100
 	@$(CACHE) $(TORCH) -m piflow_jax.sample --workdir=$(EMOJI)/student --teacher-steps=32 --num=8 \
 		--out=$(EMOJI)/prompts.png --prompt="a green apple" --prompt="sad cat" --prompt="red heart" --prompt="blue car"
 
