@@ -7,8 +7,7 @@
   python -m piflow_jax.sample --workdir=runs/emoji/student --prompt="a green apple" --out=apple.png
 
 Pictures of 32 x 32 pixels, texts of all-MiniLM-L6-v2 (384 wide), 2.4 million parameters. Students are data-free: they
-see prompts only, and walk from noise along their own policies. Two cores, alone: the teacher about 50 minutes, a student
-about 20 (docs/text_to_image.md has what was measured).
+see prompts only, and walk from noise along their own policies. docs/text_to_image.md has minutes and figures.
 """
 
 from piflow_jax import config
