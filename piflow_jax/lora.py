@@ -6,6 +6,7 @@ An adapter is two leaves beside a kernel [in, out] of `nn.Dense` (or [layers, in
 
 import math
 from typing import NamedTuple
+import zlib
 
 from flax import linen as nn
 import jax
@@ -98,7 +99,7 @@ def init(adapters, key):
   def draw(name, leaf):
     if name.endswith(B):
       return jnp.zeros(leaf.shape, leaf.dtype)
-    own = jax.random.fold_in(key, sum(ord(c) * 31**(i % 6) for i, c in enumerate(name)) % 2**31)
+    own = jax.random.fold_in(key, zlib.crc32(name.encode()))
     return jax.random.normal(own, leaf.shape, leaf.dtype) / leaf.shape[-1]
 
   return params_lib.map_with_path(draw, adapters)
