@@ -10,7 +10,6 @@ import pytest
 from piflow_jax import config as config_lib
 from piflow_jax.convert import adapters
 from piflow_jax.data import prompt_cache
-from piflow_jax.data import prompts
 from piflow_jax.data import text_encoders
 from piflow_jax.data import texts
 from tests import text
@@ -156,10 +155,18 @@ def test_shards_that_are_there_are_not_encoded_again_and_the_bytes_are_the_same(
     assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
   lost = sorted(parts.glob("*.array_record.json"))[1]
   lost.unlink()
-  asked = []
-  real = prompts.Job
-  monkeypatch.setattr(prompts, "Job", lambda *a: real(*a)._replace(
-      encoder=a[2]._replace(encode=lambda p: (asked.append(list(p)), a[2].encode(p))[1])))
+  asked, opened = [], text_encoders.open_encoder
+
+  def open_encoder(*args):
+    encoder = opened(*args)
+
+    def encode(given):
+      asked.append(list(given))
+      return encoder.encode(given)
+
+    return encoder._replace(encode=encode)
+
+  monkeypatch.setattr(text_encoders, "open_encoder", open_encoder)
   assert tiny.invoke(PROGRAM, _arguments(pairs, parts)) == (0, "")
   assert [p for p in asked[1:]] == [["colour c", "colour d"]]  # the first call measures
   tiny.refused(PROGRAM, _arguments(pairs, parts, "--negative=x"), "--out:", "was begun with another negative")
