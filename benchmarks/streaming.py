@@ -24,12 +24,7 @@ from piflow_jax.convert import flux as names
 from piflow_jax.convert import table
 from piflow_jax.convert import trees
 
-_CHILD = """
-import resource, sys
-from piflow_jax.convert import __main__ as convert
-status, text = convert.invoke(["convert", "from-torch", *sys.argv[1:]])
-print(status, text, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
+_EVERY = 0.02  # seconds between two looks at the program's memory
 
 
 def main():
@@ -45,17 +40,28 @@ def main():
     place = pathlib.Path(place)
     size, largest = _write(place / "source", given)
     began = time.monotonic()
-    out = subprocess.run(
-        [sys.executable, "-c", _CHILD, f"--source={place / 'source'}", f"--workdir={place / 'run'}",
-         "--config=configs/flux.py:teacher", f"--config.network.double_depth={given.double}",
-         f"--config.network.single_depth={given.single}"], capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - began
-    status, *_, peak = out.stdout.strip().splitlines()[-1].split() if out.stdout else ("?", "0")
-    print(out.stderr[-500:] if status != "0" else "", end="")
+    process = subprocess.Popen([
+        sys.executable, "-m", "piflow_jax.convert", "from-torch", f"--source={place / 'source'}",
+        f"--workdir={place / 'run'}", "--config=configs/flux.py:teacher",
+        f"--config.network.double_depth={given.double}", f"--config.network.single_depth={given.single}"])
+    peak = 0
+    while process.poll() is None:
+      peak = max(peak, _own_memory(process.pid))
+      time.sleep(_EVERY)
+    seconds, status = time.monotonic() - began, process.returncode
     written = sum(path.stat().st_size for path in (place / "run").rglob("*") if path.is_file())
     print(f"{size / 1e9:.2f} GB in {given.shards} shards, largest leaf {largest / 1e9:.2f} GB: status {status}, peak "
-          f"{int(peak) * 1024 / 1e9:.2f} GB, {seconds:.0f} s, {written / 1e9:.2f} GB written")
+          f"{peak / 1e9:.2f} GB, {seconds:.0f} s, {written / 1e9:.2f} GB written")
     shutil.rmtree(place / "run", ignore_errors=True)
+
+
+def _own_memory(pid):
+  """Bytes that a process holds beside the pages of files that it has mapped, which the system takes back at need."""
+  try:
+    lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+  except OSError:  # it has just ended
+    return 0
+  return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 
 def _write(folder, given):
