@@ -288,7 +288,7 @@ def test_what_is_no_checkpoint_is_told(tmp_path):
     (["to-torch", "--out=x", "--max-shard-size=nan", "--config=configs/digits.py:student"], ["--max_shard_size"]),
     (["from-torch", "--source=x", "--no-ema"], ["--ema", "from-torch does not read it"]),
     (["to-torch", "--source=x", "--config=configs/digits.py:student"], ["--source", "to-torch does not read it"]),
-    (["sideways"], ["from-torch or to-torch"]),
+    (["sideways"], ["from-torch, to-torch or adapters"]),
 ])
 def test_bad_calls_are_told_in_one_line(arguments, words, tmp_path):
   status, line = program.invoke(["convert", *arguments, f"--workdir={tmp_path / 'run'}"])
@@ -313,4 +313,4 @@ def test_the_program_moves_weights_both_ways(tmp_path, tiny_teacher):
     for path in shapes:
       np.testing.assert_array_equal(read(path), was(path), err_msg=path)
   status, out, err = tiny.run([*command, "sideways"])
-  assert status == 2 and len(err.strip().splitlines()) == 1 and "from-torch or to-torch" in err
+  assert status == 2 and len(err.strip().splitlines()) == 1 and "from-torch, to-torch or adapters" in err
