@@ -50,11 +50,11 @@ def run(config):
   shift = _made("flow", config.flow, tokens)
   velocity = _NO_NET if net is None else velocity_net(net, data.spec)
 
-  teacher, theirs, shapes, null = None, net, None, None if net is None else _null_of(data, net)
+  teacher, theirs, shapes = None, net, None
   if config.teacher is not None:
     if (own := config.teacher.get("network")) is not None:
       theirs = _made("teacher.network", own, data.spec)
-    teacher, shapes = _teacher(config, data, theirs, null if theirs is net else _null_of(data, theirs))
+    teacher, shapes = _teacher(config, data, theirs)
   student = None
   if config.policy is not None:
     adapters = None if config.lora is None else _made("lora", config.lora)
@@ -75,7 +75,7 @@ def run(config):
   inherits = teacher is not None and teacher.params is None and bool(config.teacher.get("checkpoint"))
   parts = method_lib.Parts(
       shift=shift, velocity=velocity, two_times=two_times, student=student, teacher=teacher,
-      null=null, inherits=inherits)
+      null=_null_of(data, net), inherits=inherits)
   method = _made("method", config.method, parts)
   with field("sampling"):
     method.calls(config.sampling.nfe, config.sampling.h)
@@ -108,13 +108,16 @@ def _net(module, spec, two_times=False):
     return module.init(key, *given)["params"]
 
   def apply(params, x, t, cond, *t_dst):
-    return module.apply({"params": params}, x, t, cond, *t_dst)
+    with lora_lib.adapted():
+      return module.apply({"params": params}, x, t, cond, *t_dst)
 
   return method_lib.Net(init, apply)
 
 
 def _null_of(data, network):
   """cond -> the condition of guidance's unconditional pass, or None: the data's where they have one, a text's say."""
+  if network is None:
+    return None
   if data.null is None:
     return network.null
   one = functools.cache(data.null)  # read where guidance is, not to draw samples without any
@@ -125,10 +128,10 @@ def _null_of(data, network):
   return null
 
 
-def _teacher(config, data, network, null):
+def _teacher(config, data, network):
   """(Teacher, shapes of its parameters) of config.teacher."""
   net = _NO_NET if network is None else velocity_net(network, data.spec)
-  teacher = _made("teacher", config.teacher, net, null, data.spec)
+  teacher = _made("teacher", config.teacher, net, _null_of(data, network), data.spec)
   if teacher.params is not None:
     return teacher, jax.eval_shape(teacher.params)
   with field("network"):

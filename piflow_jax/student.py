@@ -1,6 +1,5 @@
 """A student: what is trained of a network under a policy's head, over the base that its teacher is."""
 
-import contextlib
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -86,7 +85,7 @@ def make(network, head, spec, *, trained=(".*",), teacher_shapes=None, lora=None
     # One key for the batch: a layer draws one mask for all samples' tokens. Of all draws of a run these alone depend on
     # which samples share a microbatch.
     rngs = {} if keys is None else {layers.DROPOUT: keys[0]}
-    with lora_lib.adapted(lora.dropout) if adapters else contextlib.nullcontext():
+    with lora_lib.adapted(lora.dropout if lora else 0.0):
       out = net.apply({"params": tree(params, base)}, x, t, cond, rngs=rngs)
     return head.to_policy(out, x, t, clock, eps=eps)
 

@@ -1,5 +1,6 @@
 """Students of FLUX.1 and Qwen-Image in small: trained, gone on with, drawn from, on one device and on eight."""
 
+import itertools
 import json
 import pathlib
 
@@ -12,6 +13,7 @@ from configs import emoji
 from configs import text_to_image
 from piflow_jax import build
 from piflow_jax import params as params_lib
+from piflow_jax import sampler
 from piflow_jax import sharding
 from piflow_jax import train_loop
 from piflow_jax import train_step
@@ -80,6 +82,26 @@ def test_a_recipe_trains_goes_on_where_it_was_and_is_drawn_from(kind, recipe, ru
   assert x_0.shape == (3, 4, 6, 4) and np.isfinite(x_0).all() and x_0.std() > 0.1
   convert.to_torch(alone, tmp_path / "out")
   assert (tmp_path / "out" / "piflow_text_to_image.py").exists()
+
+
+@pytest.mark.slow
+def test_parallel_decoding_draws_with_the_adapters_too(runs):
+  """Through one fused layer, as its flow map samples, and through the policy of all intervals: the same."""
+  config = _config(runs, "flux", "parallel-free")
+  run, mesh = build.run(config), sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+  teacher = train_step.load_teacher(config, run, train_step.compile(config, mesh, run).teacher)
+  params = run.student.init(jax.random.key(0), teacher)
+  params = jax.tree.map(lambda p: p + 0.2 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+  (batch,), clock = itertools.islice(loader.batches(
+      run.data.records("train"), run.data.spec, batch_size=2, seed=0), 1), run.method.clock
+
+  def policy(x, t):
+    return run.student.policy(params, teacher, x, t, batch["cond"], clock)
+
+  noise = jax.random.normal(jax.random.key(1), (2, 4, 6, 4))
+  maps = run.method.flow_map(params, teacher, batch["cond"], clock), sampler.policy_flow_map(policy, clock)
+  fused, whole = (jax.jit(lambda x, one=one: sampler.sample(one, x, None, clock))(noise) for one in maps)
+  np.testing.assert_allclose(fused, whole, atol=2e-4 * float(jnp.abs(whole).max()))
 
 
 @pytest.mark.slow
