@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from piflow_jax import config as config_lib
 from piflow_jax import params as params_lib
+from piflow_jax import sharding
 from piflow_jax.models import layers
 
 A, B = "lora_a", "lora_b"
@@ -123,7 +124,8 @@ def adapted(dropout=0.0):
     y, module = next_fun(*args, **kwargs), context.module
     if context.method_name != "__call__" or not module.has_variable("params", A):
       return y
-    a, b = (layers.gather(module.get_variable("params", name).astype(y.dtype)) for name in (A, B))
+    # Gathered from all of `fsdp` first, as the kernel beside them is.
+    a, b = (sharding.constrain(module.get_variable("params", name).astype(y.dtype)) for name in (A, B))
     x = args[0].astype(y.dtype)
     if dropout and module.has_rng(layers.DROPOUT):
       kept = jax.random.bernoulli(module.make_rng(layers.DROPOUT), 1 - dropout, x.shape)

@@ -28,7 +28,7 @@ ALLOWED = {
     "policy": {"config", "flow", "models.layers", "sharding"},
     "teacher": {"config", "flow"},
     "sampler": {"flow", "policy.rollout"},
-    "lora": {"config", "models.layers", "params"},
+    "lora": {"config", "models.layers", "params", "sharding"},
     "student": {"lora", "models.layers", "params"},
     "distill": {"config", "flow", "params", "policy.rollout", "sampler", "student", "teacher"},
     "data.emoji": {"program"},

@@ -9,7 +9,9 @@ from piflow_jax import config as config_lib
 from piflow_jax import lora
 from piflow_jax import params as params_lib
 from piflow_jax import student as student_lib
+from piflow_jax.data import spec as spec_lib
 from piflow_jax.flow import Clock
+from piflow_jax.models import dit
 from piflow_jax.models import flux
 from piflow_jax.models import layers
 from piflow_jax.policy import gmm
@@ -118,6 +120,24 @@ def test_dropout_is_of_the_adapters_input_alone_and_only_where_keys_are_given():
   # Small adapters act nearly linearly, so that dropping changes nothing on average: within 5 standard errors.
   error = jnp.abs(drawn.mean(0) - u(params))
   assert (error < 5 * drawn.std(0) / 200**0.5 + 2e-3).all()
+
+
+def test_adapters_of_another_network_drop_inside_its_blocks_too():
+  noun = dit.config(depth=2, width=16, heads=2, dtype="float32")
+  net = noun.make(spec_lib.Spec((4, 4, 4), spec_lib.label(3)), **config_lib.fields_of(noun))
+  module, x = net.module(layers.VelocityHead()), jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
+  given = x, jnp.array([0.3, 0.8]), {"label": jnp.array([0, 2])}
+  params = module.init(jax.random.key(1), *given)["params"]
+  adapters = lora.init(lora.shapes_of(_lora(targets=("mlp/in",)), params), jax.random.key(2))
+  params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape),
+                        params_lib.joined(params, adapters))
+
+  def u(**rngs):
+    with lora.adapted(0.5):
+      return module.apply({"params": params}, *given, rngs=rngs)
+
+  assert jnp.abs(u() - module.apply({"params": params}, *given)).max() > 1e-3  # they are used
+  assert jnp.abs(u(lora=jax.random.key(3)) - u()).max() > 1e-4  # and drop
 
 
 @pytest.mark.parametrize("fields, words", [

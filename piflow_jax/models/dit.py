@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from piflow_jax import config as config_lib
 from piflow_jax import sharding
-from piflow_jax.models import attention as attention_lib
 from piflow_jax.models import layers
 from piflow_jax.models import network
 
@@ -41,10 +40,6 @@ SHARDING = (
 )
 
 
-def _modulate(x, shift, scale):
-  return x * (1 + scale[:, None]) + shift[:, None]
-
-
 class Block(nn.Module):
   """Attention and MLP, each modulated and gated by the conditioning (adaLN-zero)."""
 
@@ -58,17 +53,13 @@ class Block(nn.Module):
   def __call__(self, x, embedding):
     dim = x.shape[-1]
     norm = functools.partial(nn.LayerNorm, use_bias=False, use_scale=False, dtype=self.dtype)
-    zeros = nn.initializers.zeros_init()
-    adaln = nn.Dense(6 * dim, dtype=self.dtype, kernel_init=zeros, dot_general=layers.gathered(), name="adaln")
-    # Unconstrained, XLA gathers the modulations of all samples on each device for the gradient of this layer.
-    modulation = adaln(sharding.constrain(nn.silu(embedding), sharding.SAMPLES))
-    modulation = sharding.constrain(modulation, sharding.SAMPLES)
-    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+    adaln = layers.modulation(6, dim, self.dtype, name="adaln")
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = layers.modulations(adaln, embedding, 6)
     # Between layers a sample's tokens stay on the devices that hold the sample.
     x = sharding.constrain(x, sharding.SAMPLES)
-    y = _modulate(norm(epsilon=1e-6)(x), shift_a, scale_a)
+    y = layers.modulate(norm(epsilon=1e-6)(x), shift_a, scale_a)
     x = x + gate_a[:, None] * layers.Attention(self.heads, self.dtype, self.attention, name="attention")(y)
-    y = _modulate(norm(epsilon=self.mlp_norm_eps)(x), shift_m, scale_m)
+    y = layers.modulate(norm(epsilon=self.mlp_norm_eps)(x), shift_m, scale_m)
     x = x + gate_m[:, None] * layers.Mlp(self.mlp_ratio * dim, self.dtype, name="mlp")(y)
     return x, None
 
@@ -116,41 +107,33 @@ class DiT(nn.Module):
   def __call__(self, x, t, cond, t_dst=None):
     chex.assert_rank([x, t], [4, 1])
     grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
-    dense = functools.partial(nn.Dense, dtype=self.dtype, dot_general=layers.gathered())
-    normal, xavier = nn.initializers.normal(0.02), nn.initializers.xavier_uniform()
-
-    tokens = dense(self.width, kernel_init=xavier, name="patch_embed")(layers.patchify(x, self.patch))
+    tokens = layers.dense(self.width, self.dtype, name="patch_embed")(layers.patchify(x, self.patch))
     tokens += layers.sincos_positions(*grid, self.width).astype(self.dtype)[None]
 
-    def embed_time(t, name, out_init):
-      features = layers.time_features(t, shift=self.frequency_shift)
-      hidden = nn.silu(dense(self.width, kernel_init=normal, name=f"{name}_in")(features))
-      return dense(self.width, kernel_init=out_init, name=f"{name}_out")(hidden)
+    def embed_time(t, name, **more):
+      return layers.embed(layers.time_features(t, shift=self.frequency_shift), self.width, self.dtype, name, **more)
 
-    embedding = embed_time(self.time_offset + t * self.time_scale, "time", normal)
+    embedding = embed_time(self.time_offset + t * self.time_scale, "time")
     if self.two_times:
       # Zero at first, so that a network that starts from a teacher returns the teacher's velocity for every span.
-      embedding += embed_time((t - t_dst) * self.time_scale, "span", nn.initializers.zeros_init())
+      embedding += embed_time((t - t_dst) * self.time_scale, "span", out_init=nn.initializers.zeros_init())
     by_block = False
     if self.num_classes:
       labels = cond["label"]
-      table = nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, embedding_init=normal, name="class_embed")
+      table = nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype,
+                       embedding_init=nn.initializers.normal(0.02), name="class_embed")
       by_block = labels.ndim == 2
       embedding = (embedding[None] if by_block else embedding) + table(labels)  # [B, D], or [depth + 1, B, D]
     of_blocks, embedding = (embedding[:-1], embedding[-1]) if by_block else (embedding, embedding)
 
-    block = Block
-    if self.remat != "none":
-      block = nn.remat(Block, prevent_cse=False, policy=layers.remat_policy(self.remat))
-    scan = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
-                   in_axes=0 if by_block else nn.broadcast, length=self.depth, unroll=self.unroll)
-    tokens, _ = scan(
-        self.heads, self.mlp_ratio, self.mlp_norm_eps, self.attention, self.dtype, name="blocks")(tokens, of_blocks)
+    loop = layers.loop(
+        Block, self.depth, self.heads, self.mlp_ratio, self.mlp_norm_eps, self.attention, self.dtype, remat=self.remat,
+        unroll=self.unroll, name="blocks", in_axes=0 if by_block else nn.broadcast)
+    tokens, _ = loop(tokens, of_blocks)
 
-    zeros = nn.initializers.zeros_init()
-    modulation = dense(2 * self.width, kernel_init=zeros, name="adaln_out")(nn.silu(embedding))
+    modulation = layers.modulation(2, self.width, self.dtype, name="adaln_out")(nn.silu(embedding))
     shift, scale = jnp.split(modulation, 2, axis=-1)
-    tokens = _modulate(
+    tokens = layers.modulate(
         nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)(tokens), shift, scale)
     return self.head(tokens, embedding, layers.patches(x.shape[1:], self.patch))
 
@@ -187,12 +170,7 @@ def make(spec, *, patch, remat, attention, dtype, **sizes):
     ValueError: a field is out of its range, or does not fit the spec or another field.
   """
   _check(patch=patch, **sizes)
-  if remat != "none":
-    layers.remat_policy(remat)
-  config_lib.one_of("attention", attention, attention_lib.KERNELS)
-  config_lib.one_of("dtype", dtype, ("float32", "bfloat16"))
-  if len(spec.x_0) != 3 or spec.x_0[0] % patch or spec.x_0[1] % patch:
-    raise ValueError(f"patch: {patch} does not divide the data's shape {tuple(spec.x_0)} as height, width, channels")
+  layers.check_computing(spec, patch=patch, remat=remat, attention=attention, dtype=dtype)
   classes = _classes(spec)
   fields = dict(sizes, patch=patch, num_classes=classes, remat=remat, dtype=jnp.dtype(dtype))
   # The Pallas kernels have no forward-mode derivative, which MeanFlow takes.
@@ -201,7 +179,7 @@ def make(spec, *, patch, remat, attention, dtype, **sizes):
       module=functools.partial(DiT, attention=attention, **fields),
       null=functools.partial(null_label, num_classes=classes) if classes else None,
       sharding=SHARDING, dtype=jnp.dtype(dtype), two_times=two_times or None,
-      tokens=functools.partial(_tokens, patch=patch))
+      tokens=functools.partial(layers.tokens, patch=patch))
 
 
 def _check(*, depth, width, heads, patch, time_scale, time_offset, frequency_shift, mlp_norm_eps, unroll):
@@ -227,10 +205,6 @@ def _classes(spec):
   if set(spec.cond) != {"label"} or label.shape or label.classes < 1:
     raise ValueError(f"make: DiT's condition is one label of so many classes, or none; the data have {dict(spec.cond)}")
   return label.classes
-
-
-def _tokens(shape, *, patch):
-  return shape[0] * shape[1] // patch**2
 
 
 def null_label(cond, num_classes):

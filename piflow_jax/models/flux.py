@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from piflow_jax import config as config_lib
-from piflow_jax.models import attention as attention_lib
 from piflow_jax.models import joint
 from piflow_jax.models import layers
 from piflow_jax.models import network
@@ -64,24 +63,24 @@ class Flux(nn.Module):
   def __call__(self, x, t, cond):
     chex.assert_rank([x, t], [4, 1])
     width, grid = self.heads * sum(self.axes), (x.shape[1] // self.patch, x.shape[2] // self.patch)
-    image = joint.dense(width, self.dtype, name="patch_embed")(layers.patchify(x, self.patch))
-    text = joint.dense(width, self.dtype, name="text_embed")(cond["text"])
-    embedding = joint.embed(layers.time_features(self._thousandfold(t)), width, self.dtype, "time")
+    image = layers.dense(width, self.dtype, name="patch_embed")(layers.patchify(x, self.patch))
+    text = layers.dense(width, self.dtype, name="text_embed")(cond["text"])
+    embedding = layers.embed(layers.time_features(self._thousandfold(t)), width, self.dtype, "time")
     if self.guidance:
       guidance = jnp.broadcast_to(cond.get("guidance", self.guidance), t.shape).astype(jnp.float32)
-      embedding += joint.embed(layers.time_features(self._thousandfold(guidance)), width, self.dtype, "guidance")
+      embedding += layers.embed(layers.time_features(self._thousandfold(guidance)), width, self.dtype, "guidance")
     if "pooled" in cond:
-      embedding += joint.embed(cond["pooled"], width, self.dtype, "pooled")
+      embedding += layers.embed(cond["pooled"], width, self.dtype, "pooled")
     lengths = joint.lengths_of(cond, image.shape[1]) if "mask" in cond else None
     turns = joint.rotary(positions(*grid, text.shape[1]), self.axes)
 
     sizes = width, self.heads, self.mlp_ratio, self.attention, self.dtype
     how = dict(remat=self.remat, unroll=self.unroll)
-    (image, text), _ = joint.blocks(joint.DoubleBlock, self.double_depth, *sizes, **how, name="double_blocks")(
+    (image, text), _ = layers.loop(joint.DoubleBlock, self.double_depth, *sizes, **how, name="double_blocks")(
         (image, text), embedding, turns, lengths)
     tokens = jnp.concatenate([image, text], axis=1)
     if self.single_depth:
-      tokens, _ = joint.blocks(joint.SingleBlock, self.single_depth, *sizes, **how, name="single_blocks")(
+      tokens, _ = layers.loop(joint.SingleBlock, self.single_depth, *sizes, **how, name="single_blocks")(
           tokens, embedding, turns, lengths)
     return joint.finish(self.head, tokens[:, :image.shape[1]], embedding, width=width, dtype=self.dtype,
                         layout=layers.patches(x.shape[1:], self.patch))
@@ -124,45 +123,15 @@ def make(spec, *, double_depth, single_depth, guidance, **shared):
   Args:
     spec: `data.spec.Spec`.
     double_depth, single_depth, guidance: see `config`.
-    **shared: its other fields; see `shared_fields`.
+    **shared: its other fields; see `joint.shared_fields`.
   Raises:
     ValueError: a field is out of its range, or does not fit the spec or another field.
   """
   config_lib.whole("double_depth", double_depth)
   config_lib.whole("single_depth", single_depth, least=0)
   config_lib.number("guidance", guidance, least=0, most=1000)
-  shared = shared_fields(spec, **shared)
-  joint.text_cond(spec, "pooled", "mask", "guidance")
+  shared = joint.shared_fields(spec, **shared)
+  joint.check_cond(spec, "pooled", "mask", "guidance")
   module = functools.partial(Flux, double_depth=double_depth, single_depth=single_depth, guidance=guidance, **shared)
   return network.Network(module=module, null=None, sharding=SHARDING, dtype=shared["dtype"],
-                         tokens=functools.partial(tokens, patch=shared["patch"]))
-
-
-def shared_fields(spec, *, heads, axes, patch, half_times, remat, attention, unroll, dtype):
-  """The fields that text-to-image networks share, as their modules take them.
-
-  Raises:
-    ValueError: one of them is out of its range, or does not fit the spec.
-  """
-  for name, value in dict(heads=heads, patch=patch, unroll=unroll).items():
-    config_lib.whole(name, value)
-  if not isinstance(axes, (tuple, list)) or len(axes) != 3:
-    raise ValueError(f"axes: {axes!r} must be three widths, as (16, 56, 56)")
-  for width in axes:
-    config_lib.whole("axes", width)
-    if width % 2:
-      raise ValueError(f"axes: {width} of {tuple(axes)} is odd; pairs are turned")
-  config_lib.one_of("half_times", half_times, (False, True))
-  if remat != "none":
-    layers.remat_policy(remat)
-  config_lib.one_of("attention", attention, attention_lib.KERNELS)
-  config_lib.one_of("dtype", dtype, ("float32", "bfloat16"))
-  if len(spec.x_0) != 3 or spec.x_0[0] % patch or spec.x_0[1] % patch:
-    raise ValueError(f"patch: {patch} does not divide the data's shape {tuple(spec.x_0)} as height, width, channels")
-  return dict(heads=heads, axes=tuple(axes), patch=patch, half_times=half_times, remat=remat, attention=attention,
-              unroll=unroll, dtype=jnp.dtype(dtype))
-
-
-def tokens(shape, *, patch):
-  """Image tokens of x_0 [H, W, C]."""
-  return shape[0] * shape[1] // patch**2
+                         tokens=functools.partial(layers.tokens, patch=shared["patch"]))

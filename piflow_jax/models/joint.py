@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from piflow_jax import config as config_lib
 from piflow_jax import sharding
 from piflow_jax.models import attention as attention_lib
 from piflow_jax.models import layers
@@ -54,33 +55,11 @@ def rotate(x, turns):
   return (y * cos + turned * sin).astype(x.dtype)
 
 
-def modulate(x, shift, scale):
-  """(1 + scale) x + shift of x [B, N, D] by [B, D]."""
-  return x * (1 + scale[:, None]) + shift[:, None]
-
-
 def plain_norm(x):
   """LayerNorm without parameters (arXiv 1607.06450), eps 1e-6, computed in float32; x's own type out."""
   y = x.astype(jnp.float32)
   y -= y.mean(-1, keepdims=True)
   return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
-
-
-def dense(features, dtype, *spec, **more):
-  """A linear layer whose kernel is gathered from `fsdp`, and laid out as `spec` says, before it multiplies."""
-  return nn.Dense(features, dtype=dtype, dot_general=layers.gathered(*spec),
-                  **({"kernel_init": nn.initializers.xavier_uniform()} | more))
-
-
-def modulation(count, width, dtype, **more):
-  """A linear layer to `count` vectors of the width, zero at first: adaLN-zero (arXiv 2212.09748, 3.2)."""
-  return dense(count * width, dtype, kernel_init=nn.initializers.zeros_init(), **more)
-
-
-def _modulations(layer, embedding, count):
-  # Unconstrained, XLA gathers the modulations of all samples on each device for the gradient of this layer.
-  out = layer(sharding.constrain(nn.silu(embedding), sharding.SAMPLES))
-  return jnp.split(sharding.constrain(out, sharding.SAMPLES), count, axis=-1)
 
 
 class Stream(nn.Module):
@@ -92,19 +71,19 @@ class Stream(nn.Module):
   dtype: Any
 
   def setup(self):
-    column = functools.partial(dense, self.width, self.dtype, None, "tensor")
-    self.adaln = modulation(6, self.width, self.dtype)
+    column = functools.partial(layers.dense, self.width, self.dtype, None, "tensor")
+    self.adaln = layers.modulation(6, self.width, self.dtype)
     self.q, self.k, self.v = column(), column(), column()
     self.q_norm, self.k_norm = (nn.RMSNorm(epsilon=1e-6, dtype=self.dtype) for _ in range(2))
-    self.out = dense(self.width, self.dtype, "tensor")
-    self.mlp_in = dense(self.mlp_ratio * self.width, self.dtype, None, "tensor")
-    self.mlp_out = dense(self.width, self.dtype, "tensor")
+    self.out = layers.dense(self.width, self.dtype, "tensor")
+    self.mlp_in = layers.dense(self.mlp_ratio * self.width, self.dtype, None, "tensor")
+    self.mlp_out = layers.dense(self.width, self.dtype, "tensor")
 
   def before(self, x, embedding):
     """(q, k, v [B, N, heads, D / heads], the modulations that `after` takes)."""
-    shift, scale, *rest = _modulations(self.adaln, embedding, 6)
+    shift, scale, *rest = layers.modulations(self.adaln, embedding, 6)
     x = sharding.constrain(x, sharding.SAMPLES)
-    y = modulate(plain_norm(x), shift, scale)
+    y = layers.modulate(plain_norm(x), shift, scale)
     q, k, v = (layer(y).reshape(*y.shape[:2], self.heads, -1) for layer in (self.q, self.k, self.v))
     return self.q_norm(q), self.k_norm(k), v, rest
 
@@ -112,7 +91,7 @@ class Stream(nn.Module):
     """x with what attention found, and the MLP behind it."""
     gate_a, shift, scale, gate_m = rest
     x = x + gate_a[:, None] * self.out(attended.reshape(*x.shape))
-    y = modulate(plain_norm(x), shift, scale)
+    y = layers.modulate(plain_norm(x), shift, scale)
     return x + gate_m[:, None] * self.mlp_out(nn.gelu(self.mlp_in(y), approximate=True))
 
 
@@ -148,26 +127,18 @@ class SingleBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, embedding, turns, lengths):
-    column = functools.partial(dense, self.width, self.dtype, None, "tensor")
-    shift, scale, gate = _modulations(modulation(3, self.width, self.dtype, name="adaln"), embedding, 3)
+    column = functools.partial(layers.dense, self.width, self.dtype, None, "tensor")
+    shift, scale, gate = layers.modulations(layers.modulation(3, self.width, self.dtype, name="adaln"), embedding, 3)
     x = sharding.constrain(x, sharding.SAMPLES)
-    y = modulate(plain_norm(x), shift, scale)
+    y = layers.modulate(plain_norm(x), shift, scale)
     q, k, v = (column(name=name)(y).reshape(*y.shape[:2], self.heads, -1) for name in "qkv")
     q, k = (rotate(nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=f"{name}_norm")(z), turns)
             for name, z in (("q", q), ("k", k)))
     attended = attention_lib.attention(q, k, v, self.attention, lengths=lengths).reshape(*y.shape)
-    hidden = nn.gelu(dense(self.mlp_ratio * self.width, self.dtype, None, "tensor", name="mlp_in")(y), approximate=True)
+    mlp_in = layers.dense(self.mlp_ratio * self.width, self.dtype, None, "tensor", name="mlp_in")
+    hidden = nn.gelu(mlp_in(y), approximate=True)
     both = jnp.concatenate([attended, hidden], axis=-1)
-    return x + gate[:, None] * dense(self.width, self.dtype, "tensor", name="out")(both), None
-
-
-def blocks(block, length, *fields, remat, unroll, name):
-  """`length` blocks in one loop, called as (x, embedding, turns, lengths)."""
-  if remat != "none":
-    block = nn.remat(block, prevent_cse=False, policy=layers.remat_policy(remat))
-  scan = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, layers.DROPOUT: True},
-                 in_axes=nn.broadcast, length=length, unroll=unroll)
-  return scan(*fields, name=name)
+    return x + gate[:, None] * layers.dense(self.width, self.dtype, "tensor", name="out")(both), None
 
 
 def half(x):
@@ -175,17 +146,10 @@ def half(x):
   return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
-def embed(features, width, dtype, name):
-  """Linear, SiLU, linear; [B, F] -> [B, width]; inside a network's compact method."""
-  normal = nn.initializers.normal(0.02)
-  hidden = nn.silu(dense(width, dtype, kernel_init=normal, name=f"{name}_in")(features))
-  return dense(width, dtype, kernel_init=normal, name=f"{name}_out")(hidden)
-
-
 def finish(head, tokens, embedding, *, width, dtype, layout):
   """The modulated last norm, and the head on it; inside a network's compact method."""
-  scale, shift = _modulations(modulation(2, width, dtype, name="adaln_out"), embedding, 2)
-  return head(modulate(plain_norm(tokens), shift, scale), embedding, layout)
+  scale, shift = layers.modulations(layers.modulation(2, width, dtype, name="adaln_out"), embedding, 2)
+  return head(layers.modulate(plain_norm(tokens), shift, scale), embedding, layout)
 
 
 def lengths_of(cond, image_tokens):
@@ -193,8 +157,28 @@ def lengths_of(cond, image_tokens):
   return image_tokens + jnp.sum(cond["mask"].astype(jnp.int32), axis=1)
 
 
-def text_cond(spec, *names):
-  """(tokens, width) of the condition's text. Raises ValueError: a condition that the network would not read."""
+def shared_fields(spec, *, heads, axes, patch, half_times, remat, attention, unroll, dtype):
+  """The fields that text-to-image networks share, as their modules take them.
+
+  Raises:
+    ValueError: one of them is out of its range, or does not fit the spec.
+  """
+  for name, value in dict(heads=heads, patch=patch, unroll=unroll).items():
+    config_lib.whole(name, value)
+  if not isinstance(axes, (tuple, list)) or len(axes) != 3:
+    raise ValueError(f"axes: {axes!r} must be three widths, as (16, 56, 56)")
+  for width in axes:
+    config_lib.whole("axes", width)
+    if width % 2:
+      raise ValueError(f"axes: {width} of {tuple(axes)} is odd; pairs are turned")
+  config_lib.one_of("half_times", half_times, (False, True))
+  layers.check_computing(spec, patch=patch, remat=remat, attention=attention, dtype=dtype)
+  return dict(heads=heads, axes=tuple(axes), patch=patch, half_times=half_times, remat=remat, attention=attention,
+              unroll=unroll, dtype=jnp.dtype(dtype))
+
+
+def check_cond(spec, *names):
+  """Raises ValueError: a condition that is no text, or has beside it what none of the names is."""
   text = spec.cond.get("text")
   if text is None or len(text.shape) != 2 or set(spec.cond) - {"text", *names}:
     raise ValueError(f"make: the condition is text [tokens, width]{''.join(f', or with it {n}' for n in names)}; the "
@@ -203,4 +187,3 @@ def text_cond(spec, *names):
     raise ValueError(f"make: the condition's mask is {mask.shape}, its text {text.shape}; a mask is one number a token")
   if (pooled := spec.cond.get("pooled")) is not None and len(pooled.shape) != 1:
     raise ValueError(f"make: the condition's pooled is {pooled.shape}; it is one vector")
-  return text.shape

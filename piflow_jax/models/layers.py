@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from piflow_jax import config as config_lib
 from piflow_jax import sharding
-from piflow_jax.models import attention
+from piflow_jax.models import attention as attention_lib
 from piflow_jax.models import network
 
 DROPOUT = "lora"  # the stream of random keys that adapters drop their inputs by (lora.py)
@@ -55,14 +56,24 @@ def patches(shape, patch):
   return network.Layout(patch**2, functools.partial(unpatchify, grid=grid, patch=patch), tuple(shape))
 
 
+def tokens(shape, *, patch):
+  """The number of patches of x_0 [H, W, C]."""
+  return shape[0] * shape[1] // patch**2
+
+
+def check_computing(spec, *, patch, remat, attention, dtype):
+  """Raises ValueError: a field that networks on patches share is out of its range, or does not fit the data."""
+  if remat != "none":
+    remat_policy(remat)
+  config_lib.one_of("attention", attention, attention_lib.KERNELS)
+  config_lib.one_of("dtype", dtype, ("float32", "bfloat16"))
+  if len(spec.x_0) != 3 or spec.x_0[0] % patch or spec.x_0[1] % patch:
+    raise ValueError(f"patch: {patch} does not divide the data's shape {tuple(spec.x_0)} as height, width, channels")
+
+
 def positions(shape):
   """The Layout of a token for each position of x_0 [..., C]: video [T, H, W, C], or a point [C], which is one token."""
   return network.Layout(1, functools.partial(jnp.squeeze, axis=2), tuple(shape))
-
-
-def gather(x):
-  """x, gathered from all of `fsdp` before anything is done with it."""
-  return sharding.constrain(x)
 
 
 def gathered(*spec):
@@ -86,6 +97,55 @@ def remat_policy(name):
   if name not in ("full", *named):
     raise ValueError(f'remat: {name!r} is none of "none", "full", {", ".join(named)}')
   return None if name == "full" else getattr(jax.checkpoint_policies, name)
+
+
+def modulate(x, shift, scale):
+  """(1 + scale) x + shift of x [B, N, D] by [B, D]."""
+  return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def dense(features, dtype, *spec, **more):
+  """A linear layer whose kernel is gathered from `fsdp`, and laid out as `spec` says, before it multiplies."""
+  return nn.Dense(features, dtype=dtype, dot_general=gathered(*spec),
+                  **({"kernel_init": nn.initializers.xavier_uniform()} | more))
+
+
+def modulation(count, width, dtype, **more):
+  """A linear layer to `count` vectors of the width, zero at first: adaLN-zero (arXiv 2212.09748, 3.2)."""
+  return dense(count * width, dtype, kernel_init=nn.initializers.zeros_init(), **more)
+
+
+def modulations(layer, embedding, count):
+  """The vectors [B, D] that a layer of `modulation` makes of SiLU of the embedding [B, D]."""
+  # Unconstrained, XLA gathers the modulations of all samples on each device for the gradient of this layer.
+  out = layer(sharding.constrain(nn.silu(embedding), sharding.SAMPLES))
+  return jnp.split(sharding.constrain(out, sharding.SAMPLES), count, axis=-1)
+
+
+def embed(features, width, dtype, name, out_init=nn.initializers.normal(0.02)):
+  """Linear, SiLU, linear; [B, F] -> [B, width]; inside a network's compact method."""
+  normal = nn.initializers.normal(0.02)
+  hidden = nn.silu(dense(width, dtype, kernel_init=normal, name=f"{name}_in")(features))
+  return dense(width, dtype, kernel_init=out_init, name=f"{name}_out")(hidden)
+
+
+def loop(block, length, *fields, remat, unroll, name, in_axes=nn.broadcast):
+  """`length` blocks, one after the other, in a loop whose parameters carry the blocks as their first axis.
+
+  Args:
+    block: module class, called as (x, *others) -> (x, None).
+    length: how many.
+    *fields: of a block.
+    remat: "none", or of `remat_policy`.
+    unroll: blocks in one turn of the loop.
+    name: of the loop's parameters.
+    in_axes: of the others: what all blocks are given alike, or 0 where each has its own.
+  """
+  if remat != "none":
+    block = nn.remat(block, prevent_cse=False, policy=remat_policy(remat))
+  scan = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True, DROPOUT: True},
+                 in_axes=in_axes, length=length, unroll=unroll)
+  return scan(*fields, name=name)
 
 
 class Projection(nn.Module):
@@ -165,7 +225,7 @@ class Attention(nn.Module):
     qkv = dense((3, self.heads, dim // self.heads), kernel_init=split_init, dot_general=gathered(None, None, "tensor"),
                 name="qkv")(x)
     q, k, v = jnp.moveaxis(qkv, -3, 0)
-    y = attention.attention(q, k, v, self.kernel)
+    y = attention_lib.attention(q, k, v, self.kernel)
     return dense(dim, axis=(-2, -1), kernel_init=xavier, dot_general=gathered("tensor"), name="out")(y)
 
 

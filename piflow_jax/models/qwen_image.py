@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from piflow_jax import config as config_lib
-from piflow_jax.models import flux
 from piflow_jax.models import joint
 from piflow_jax.models import layers
 from piflow_jax.models import network
@@ -59,14 +58,14 @@ class QwenImage(nn.Module):
   def __call__(self, x, t, cond):
     chex.assert_rank([x, t], [4, 1])
     width, grid = self.heads * sum(self.axes), (x.shape[1] // self.patch, x.shape[2] // self.patch)
-    image = joint.dense(width, self.dtype, name="patch_embed")(layers.patchify(x, self.patch))
+    image = layers.dense(width, self.dtype, name="patch_embed")(layers.patchify(x, self.patch))
     text = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="text_norm")(cond["text"])
-    text = joint.dense(width, self.dtype, name="text_embed")(text)
+    text = layers.dense(width, self.dtype, name="text_embed")(text)
     t = joint.half(t) if self.half_times else t
-    embedding = joint.embed(layers.time_features(1000 * t), width, self.dtype, "time")
+    embedding = layers.embed(layers.time_features(1000 * t), width, self.dtype, "time")
     lengths = joint.lengths_of(cond, image.shape[1]) if self.masked and "mask" in cond else None
     turns = joint.rotary(positions(*grid, text.shape[1]), self.axes)
-    loop = joint.blocks(joint.DoubleBlock, self.depth, width, self.heads, self.mlp_ratio, self.attention, self.dtype,
+    loop = layers.loop(joint.DoubleBlock, self.depth, width, self.heads, self.mlp_ratio, self.attention, self.dtype,
                         remat=self.remat, unroll=self.unroll, name="blocks")
     (image, _), _ = loop((image, text), embedding, turns, lengths)
     return joint.finish(self.head, image, embedding, width=width, dtype=self.dtype,
@@ -110,14 +109,14 @@ def make(spec, *, depth, masked, **shared):
   Args:
     spec: `data.spec.Spec`.
     depth, masked: see `config`.
-    **shared: its other fields; see `flux.shared_fields`.
+    **shared: its other fields; see `joint.shared_fields`.
   Raises:
     ValueError: a field is out of its range, or does not fit the spec or another field.
   """
   config_lib.whole("depth", depth)
   config_lib.one_of("masked", masked, (False, True))
-  shared = flux.shared_fields(spec, **shared)
-  joint.text_cond(spec, "mask")
+  shared = joint.shared_fields(spec, **shared)
+  joint.check_cond(spec, "mask")
   module = functools.partial(QwenImage, depth=depth, masked=masked, **shared)
   return network.Network(module=module, null=None, sharding=SHARDING, dtype=shared["dtype"],
-                         tokens=functools.partial(flux.tokens, patch=shared["patch"]))
+                         tokens=functools.partial(layers.tokens, patch=shared["patch"]))
