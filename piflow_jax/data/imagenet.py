@@ -37,6 +37,7 @@ from piflow_jax.data import latent_cache
 from piflow_jax.data import shards
 from piflow_jax.data import sources
 
+_KIND = "latent"  # of shards
 _THREADS = 8
 _SKIPPED, _SKIPPED_SHARE = 100, 1e-4  # pictures that may be undecodable, whichever is more
 
@@ -68,33 +69,15 @@ def make(job, folder, count, process=0, processes=1):
   Raises:
     errors.UserError: the folder holds another cache, or too many pictures cannot be decoded.
   """
-  _claim(job, folder, count)
-  edges = [k * len(job.names) // count for k in range(count + 1)]
-  mine = [k for k in range(count) if k % processes == process]
-  left = [k for k in mine if not _sidecar(folder, k, count).exists()]
-  total = sum(edges[k + 1] - edges[k] for k in mine)
-  done = total - sum(edges[k + 1] - edges[k] for k in left)
-  with tqdm.tqdm(total=total, initial=done, unit="image", desc=str(folder)) as bar:
-    for k in left:
-      _write_shard(job, folder, k, count, range(edges[k], edges[k + 1]), bar)
+  shards.claim(folder, job.settings | {"shards": count, "classes": job.classes, "views": job.views}, job.names)
+  shards.fill(folder, _KIND, len(job.names), count, functools.partial(_shard, job, folder, count), unit="image",
+              process=process, processes=processes)
   return finish(job, folder, count)
 
 
-def _claim(job, folder, count):
-  """Raises errors.UserError: the folder holds a cache of something else."""
-  shards.claim(folder, job.settings | {"shards": count, "classes": job.classes, "views": job.views}, job.names)
-
-
-def _name(k, count):
-  return f"latents-{k:05}-of-{count:05}.array_record"
-
-
-def _sidecar(folder, k, count):
-  return shards.sidecar(folder, _name(k, count))
-
-
-def _write_shard(job, folder, k, count, numbers, bar):
-  """A shard, then what is known of it: where that lies beside it, it is whole."""
+def _shard(job, folder, count, numbers, last, bar):
+  """(records of a shard, what is known of it once they are written)."""
+  del last
   sums, counts, skipped = latent_cache.Channels(job.shape[2]), {}, []
 
   def records():
@@ -113,13 +96,12 @@ def _write_shard(job, folder, k, count, numbers, bar):
     return {"counts": {str(label): n for label, n in sorted(counts.items())}, "skipped": skipped,
             "cells": sums.count, "total": list(sums.total), "square": list(sums.square)}
 
-  shards.write(folder, _name(k, count), records(), known)
+  return records(), known
 
 
 def _check_skipped(job, folder, count, here):
   """Raises errors.UserError: too many pictures could not be decoded."""
-  known = [json.loads(path.read_text())["skipped"] for path in (_sidecar(folder, k, count) for k in range(count))
-           if path.exists()]
+  known = [json.loads(path.read_text())["skipped"] for path in shards.sidecars(folder, _KIND, count) if path.exists()]
   failed, most = len(here) + sum(map(len, known)), max(_SKIPPED, int(_SKIPPED_SHARE * len(job.names)))
   if failed > most:
     raise errors.UserError(f"--source: {failed} of {len(job.names)} pictures cannot be decoded, the last {here[-1]}; "
@@ -128,10 +110,9 @@ def _check_skipped(job, folder, count, here):
 
 def finish(job, folder, count):
   """The Manifest, written, or None where shards are missing. Whoever writes it writes the same."""
-  paths = [_sidecar(folder, k, count) for k in range(count)]
-  if not all(path.exists() for path in paths):
+  found = shards.known(folder, _KIND, count)
+  if found is None:
     return None
-  found = [json.loads(path.read_text()) for path in paths]
   sums = latent_cache.Channels(job.shape[2])
   counts = [0] * len(job.classes)
   for part in found:

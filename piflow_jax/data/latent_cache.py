@@ -5,17 +5,15 @@ array: mean and log variance of the posterior, [views, H, W, 2 C], unscaled; or,
 [views, H, W, C]. View 0 is the picture's, view 1 its mirror image's.
 """
 
-import json
 import math
 from typing import NamedTuple
 
-from array_record.python import array_record_data_source
 from etils import epath
 import numpy as np
 
 from piflow_jax.data import shards
 
-FILE, FORMAT = "manifest.json", 1
+FILE, FORMAT = shards.MANIFEST, 1
 LEAST, MOST = -30.0, 20.0  # of a log variance, as Stable Diffusion's own code has it
 # Of Stable Diffusion's latents of ImageNet's training images, unscaled, by channel (improved MeanFlow's vae_util.py).
 KNOWN = {"mean": (0.865, -0.278, 0.216, 0.374), "deviation": (4.855, 5.319, 3.937, 3.987)}
@@ -60,45 +58,23 @@ def decode(data, shape):
 
 def write_manifest(folder, manifest):
   """Write manifest.json, whole or not at all."""
-  shards.write_json(epath.Path(folder) / FILE, {"format": FORMAT} | manifest._asdict())
+  shards.write_manifest(folder, FORMAT, manifest)
 
 
 def read_manifest(folder):
-  """The Manifest of a cache.
-
-  Raises:
-    ValueError: "path: ...": there is none, it is another's, or shards are missing or of another size.
-  """
-  folder = epath.Path(folder)
-  path = folder / FILE
-  if not path.exists():
-    raise ValueError(f"path: {str(folder)!r} holds no {FILE}; give a folder that python -m piflow_jax.data.imagenet "
-                     "made, to its end")
-  try:
-    tree = json.loads(path.read_text())
-    if tree.pop("format") != FORMAT:
-      raise ValueError("another version's")
-    found = Manifest(**{k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()})
-    channels = found.shape[2]
-    for name in ("offset", "scale", "mean", "deviation"):
-      if len(getattr(found, name)) != channels or not np.isfinite(getattr(found, name)).all():
-        raise ValueError(f"{name} is not {channels} numbers")
-    if len(found.counts) != len(found.classes) or sum(found.counts) != found.count:
-      raise ValueError("its counts of classes do not add up")
-    if found.views not in (1, 2) or sum(shard["records"] for shard in found.shards) != found.count:
-      raise ValueError("its counts of records do not add up")
-  except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as e:
-    raise ValueError(f"path: {path} is no manifest of this program ({type(e).__name__}: {e}); make the cache "
-                     "again") from e
-  shards.check_files(folder, found.shards)
-  return found
+  """The Manifest of a cache; raises ValueError as `shards.read_manifest` does."""
+  return shards.read_manifest(folder, FORMAT, Manifest, _check_manifest, "piflow_jax.data.imagenet")
 
 
-def open_records(folder, manifest):
-  """Random access to the bytes of all records of a local cache."""
-  folder = epath.Path(folder)
-  return array_record_data_source.ArrayRecordDataSource(
-      [str(folder / shard["name"]) for shard in manifest.shards if shard["records"]])
+def _check_manifest(found):
+  channels = found.shape[2]
+  for name in ("offset", "scale", "mean", "deviation"):
+    if len(getattr(found, name)) != channels or not np.isfinite(getattr(found, name)).all():
+      raise ValueError(f"{name} is not {channels} numbers")
+  if len(found.counts) != len(found.classes) or sum(found.counts) != found.count:
+    raise ValueError("its counts of classes do not add up")
+  if found.views not in (1, 2) or sum(shard["records"] for shard in found.shards) != found.count:
+    raise ValueError("its counts of records do not add up")
 
 
 def check(folder, bar=None):
@@ -111,7 +87,7 @@ def check(folder, bar=None):
   manifest = read_manifest(folder)
   counts, sums = np.zeros(len(manifest.classes), np.int64), Channels(manifest.shape[2])
   shards.check_sums(folder, manifest.shards)
-  for number, data in enumerate(open_records(folder, manifest)):
+  for number, data in enumerate(shards.open_records(folder, manifest)):
     try:
       label, array = decode(data, manifest.stored)
     except ValueError as e:

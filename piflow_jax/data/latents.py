@@ -15,10 +15,10 @@ import numpy as np
 from piflow_jax import config as config_lib
 from piflow_jax import errors
 from piflow_jax.data import latent_cache
+from piflow_jax.data import shards
 from piflow_jax.data import spec
 
 FREE = ("path", "held_out")
-_EVERY = 500  # without a cache of their own, each 500th record is held out
 _SEED = 20_251_104  # of the draws outside of training
 
 
@@ -34,10 +34,7 @@ def config(**fields):
 
 def make(*, path, held_out, shape, classes):
   """data.spec.Data; see `config`."""
-  for name, value in (("path", path), ("held_out", held_out)):
-    if not isinstance(value, str) or "://" in value:
-      raise ValueError(f"{name}: {value!r}; give a folder on a local disk: records are read at random, which a bucket "
-                       "is too far away for. Copy it first")
+  shards.check_local(path=path, held_out=held_out)
   if not path and not (shape and classes):
     raise ValueError("path: is empty; give a cache of latents, which python -m piflow_jax.data.imagenet makes")
   found = {}
@@ -72,7 +69,7 @@ def _open(path, *, shape, classes):
     words = f"label {where} is {manifest.classes[where]!r} there, {classes[where]!r} here" if where is not None else (
         f"{len(manifest.classes)} there, {len(classes)} here")
     raise ValueError(f"path: {path} has other classes, or in another order: {words}; give the run's own cache")
-  return manifest, latent_cache.open_records(path, manifest)
+  return manifest, shards.open_records(path, manifest)
 
 
 def _part(opened, path, held_out, split):
@@ -84,9 +81,7 @@ def _part(opened, path, held_out, split):
         raise ValueError(f"held_out: {held_out} is a cache of another kind than {path}")
       return manifest, data, np.arange(manifest.count)
     manifest, data = opened(path)
-    numbers = np.arange(manifest.count)
-    out = numbers % _EVERY == min(_EVERY, manifest.count) - 1
-    return manifest, data, numbers[out if split == "held_out" else ~out]
+    return manifest, data, shards.split_numbers(manifest.count, split)
   except ValueError as e:
     raise errors.UserError(f"config.data.{e}") from e
 

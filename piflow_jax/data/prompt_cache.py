@@ -5,11 +5,8 @@ width] bfloat16 without padding, "pooled" [width] where the encoder gives one, "
 prompts (uint8 pixels, or float16 latents as a model takes them), and "prompt", its UTF-8 bytes.
 """
 
-import json
 from typing import NamedTuple
 
-from array_record.python import array_record_data_source
-from etils import epath
 import ml_dtypes
 import numpy as np
 import safetensors
@@ -17,7 +14,7 @@ import safetensors.numpy
 
 from piflow_jax.data import shards
 
-FILE, FORMAT = "manifest.json", 1
+FORMAT = 1
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _TYPES = {"BF16": BFLOAT16, "F16": "<f2", "F32": "<f4", "U8": "u1"}
 
@@ -83,45 +80,25 @@ def condition(arrays, manifest, tokens):
 
 def write_manifest(folder, manifest):
   """Write manifest.json, whole or not at all."""
-  shards.write_json(epath.Path(folder) / FILE, {"format": FORMAT} | manifest._asdict())
+  shards.write_manifest(folder, FORMAT, manifest)
 
 
 def read_manifest(folder):
-  """The Manifest of a cache.
-
-  Raises:
-    ValueError: "path: ...": there is none, it is another's, or shards are missing or of another size.
-  """
-  path = epath.Path(folder) / FILE
-  if not path.exists():
-    raise ValueError(f"path: {str(folder)!r} holds no {FILE}; give a folder that python -m piflow_jax.data.prompts "
-                     "made, to its end")
-  try:
-    tree = json.loads(path.read_text())
-    if tree.pop("format") != FORMAT:
-      raise ValueError("another version's")
-    found = Manifest(**{k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()})
-    # The last record of all is the negative prompt's.
-    if sum(shard["records"] for shard in found.shards) != found.count + 1 or min(found.tokens, found.width) < 1:
-      raise ValueError("its counts of records do not add up")
-  except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
-    raise ValueError(f"path: {path} is no manifest of this program ({type(e).__name__}: {e}); make the cache "
-                     "again") from e
-  shards.check_files(folder, found.shards)
-  return found
+  """The Manifest of a cache; raises ValueError as `shards.read_manifest` does."""
+  return shards.read_manifest(folder, FORMAT, Manifest, _check_manifest, "piflow_jax.data.prompts")
 
 
-def open_records(folder, manifest):
-  """Random access to the bytes of all records of a local cache; the last one is the negative prompt's."""
-  return array_record_data_source.ArrayRecordDataSource(
-      [str(epath.Path(folder) / shard["name"]) for shard in manifest.shards if shard["records"]])
+def _check_manifest(found):
+  # The last record of all is the negative prompt's.
+  if sum(shard["records"] for shard in found.shards) != found.count + 1 or min(found.tokens, found.width) < 1:
+    raise ValueError("its counts of records do not add up")
 
 
 def check(folder, bar=None):
   """Read a cache whole; returns its Manifest. Raises ValueError: "path: ...": it is not what was written."""
   manifest = read_manifest(folder)
   shards.check_sums(folder, manifest.shards)
-  for number, data in enumerate(open_records(folder, manifest)):
+  for number, data in enumerate(shards.open_records(folder, manifest)):
     try:
       _, arrays = decode(data, manifest if number < manifest.count else manifest._replace(shape=()))
       if bad := [name for name, x in arrays.items() if not np.isfinite(x.astype(np.float32)).all()]:

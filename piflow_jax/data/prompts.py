@@ -39,6 +39,7 @@ from piflow_jax.data import shards
 from piflow_jax.data import text_encoders
 from piflow_jax.models import autoencoder as autoencoder_lib
 
+_KIND = "prompt"  # of shards
 _TRIED = 16  # prompts by which size and time are told
 _LONGEST = 20_000  # letters of a prompt
 _SEED = 20_261_126  # of latents, drawn from pictures' posteriors
@@ -150,17 +151,8 @@ def make(job, folder, count, process=0, processes=1):
     errors.UserError: the folder holds another cache, or a picture cannot be read.
   """
   shards.claim(folder, job.settings | {"shards": count}, [f"{p.text}\0{_name_of(p.image)}" for p in job.prompts])
-  edges = [k * len(job.prompts) // count for k in range(count + 1)]
-  mine = [k for k in range(count) if k % processes == process]
-  left = [k for k in mine if not shards.sidecar(folder, _shard(k, count)).exists()]
-  total = sum(edges[k + 1] - edges[k] for k in mine)
-  todo = sum(edges[k + 1] - edges[k] for k in left)
-  if todo:
-    _estimate(job, todo, folder)
-  with tqdm.tqdm(total=total, initial=total - todo, unit="prompt", desc=str(folder)) as bar:
-    for k in left:
-      last = k == count - 1
-      shards.write(folder, _shard(k, count), _records(job, range(edges[k], edges[k + 1]), last, bar), dict)
+  shards.fill(folder, _KIND, len(job.prompts), count, functools.partial(_shard, job), unit="prompt", process=process,
+              processes=processes, before=functools.partial(_estimate, job, folder))
   return _finish(job, folder, count)
 
 
@@ -168,11 +160,7 @@ def _name_of(image):
   return image if isinstance(image, str) else "" if image is None else f"{len(image)} bytes"
 
 
-def _shard(k, count):
-  return f"prompts-{k:05}-of-{count:05}.array_record"
-
-
-def _estimate(job, todo, folder):
+def _estimate(job, folder, todo):
   some = job.prompts[:: max(len(job.prompts) // _TRIED, 1)][:_TRIED]
   began = time.time()
   texts = job.encoder.encode([p.text for p in some])
@@ -181,6 +169,11 @@ def _estimate(job, todo, folder):
   size += np.prod(job.shape) * (1 if job.pixels else 2) if job.shape else 0
   print(f"{folder}: {todo:,} prompts of {np.mean([len(t['text']) for t in texts]):.0f} tokens: about "
         f"{todo * size / 1e9:.3g} GB, {todo * seconds / 60:.3g} minutes", flush=True)
+
+
+def _shard(job, numbers, last, bar):
+  """(records of a shard, of which nothing else is to be known)."""
+  return _records(job, numbers, last, bar), dict
 
 
 def _records(job, numbers, last, bar):
@@ -198,14 +191,14 @@ def _records(job, numbers, last, bar):
 
 
 def _finish(job, folder, count):
-  paths = [shards.sidecar(folder, _shard(k, count)) for k in range(count)]
-  if not all(path.exists() for path in paths):
+  found = shards.known(folder, _KIND, count)
+  if found is None:
     return None
   encoder = job.encoder
   manifest = prompt_cache.Manifest(
       count=len(job.prompts), tokens=encoder.tokens, width=encoder.width, pooled=encoder.pooled, padded=encoder.padded,
       shape=job.shape, pixels=job.pixels, encoder=encoder.name, negative=job.negative, settings=job.settings,
-      shards=tuple(json.loads(path.read_text())["shard"] for path in paths))
+      shards=tuple(part["shard"] for part in found))
   prompt_cache.write_manifest(folder, manifest)
   return manifest
 

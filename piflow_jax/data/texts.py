@@ -12,10 +12,10 @@ import numpy as np
 from piflow_jax import config as config_lib
 from piflow_jax import errors
 from piflow_jax.data import prompt_cache
+from piflow_jax.data import shards
 from piflow_jax.data import spec
 
 FREE = ("path", "held_out")
-_EVERY = 500  # without a cache of their own, each 500th record is held out
 
 
 def config(**fields):
@@ -34,10 +34,7 @@ def config(**fields):
 
 def make(*, path, held_out, shape, tokens, width, pooled, padded, encoder):
   """data.spec.Data; see `config`."""
-  for name, value in (("path", path), ("held_out", held_out)):
-    if not isinstance(value, str) or "://" in value:
-      raise ValueError(f"{name}: {value!r}; give a folder on a local disk: records are read at random, which a bucket "
-                       "is too far away for. Copy it first")
+  shards.check_local(path=path, held_out=held_out)
   config_lib.whole("tokens", tokens, least=0)
   config_lib.whole("width", width, least=0)
   config_lib.whole("pooled", pooled, least=-1)
@@ -86,7 +83,7 @@ def _open(path, *, shape, tokens, width, pooled, padded):
   if padded and manifest.tokens != tokens:
     raise ValueError(f"tokens: {path} has texts of {manifest.tokens} with their padding, this run {tokens}; give its "
                      "own cache")
-  return manifest, prompt_cache.open_records(path, manifest)
+  return manifest, shards.open_records(path, manifest)
 
 
 def _opened(opened, path, name):
@@ -102,11 +99,7 @@ def _part(opened, path, held_out, split):
     manifest, data = _opened(opened, held_out, "held_out")
     return manifest, data, np.arange(manifest.count)
   manifest, data = _opened(opened, path, "path")
-  numbers = np.arange(manifest.count)
-  out = numbers % _EVERY == min(_EVERY, manifest.count) - 1
-  if held_out:
-    return manifest, data, numbers
-  return manifest, data, numbers[out if split == "held_out" else ~out]
+  return manifest, data, np.arange(manifest.count) if held_out else shards.split_numbers(manifest.count, split)
 
 
 def _cond(arrays, manifest, tokens):

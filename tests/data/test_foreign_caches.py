@@ -7,6 +7,7 @@ import pytest
 
 from piflow_jax.data import foreign_caches
 from piflow_jax.data import latent_cache
+from piflow_jax.data import shards
 from tests import tiny
 from tests.data import foreign
 
@@ -51,7 +52,7 @@ def test_a_foreign_cache_becomes_ours(mar, tmp_path):
   assert tiny.invoke("piflow_jax.data.imagenet", [f"--source=mar:{mar}", f"--out={out}", "--shards=2"]) == (0, "")
   manifest, _ = latent_cache.check(out)
   assert (manifest.count, manifest.counts, manifest.shape) == (4, (2, 1, 1), (6, 5, 4))
-  theirs, data = foreign_caches.open_cache("mar", str(mar)), latent_cache.open_records(out, manifest)
+  theirs, data = foreign_caches.open_cache("mar", str(mar)), shards.open_records(out, manifest)
   for i in range(4):
     label, array = latent_cache.decode(data[i], manifest.stored)
     assert label == LABELS[i]

@@ -60,7 +60,7 @@ def test_records_are_the_moments_of_the_cut_picture_and_of_its_mirror_image(made
   manifest = latent_cache.read_manifest(cache)
   assert (manifest.count, manifest.shape, manifest.views, manifest.moments) == (15, (8, 8, 4), 2, True)
   assert manifest.classes == CLASSES and manifest.counts == (5, 5, 5) and manifest.scale == (0.18215,) * 4
-  data, found = latent_cache.open_records(cache, manifest), []
+  data, found = shards.open_records(cache, manifest), []
   for number in range(15):
     label, array = latent_cache.decode(data[number], manifest.stored)
     name = f"n0{number // 5 + 1}"
@@ -258,7 +258,7 @@ def test_another_order_of_labels_or_another_shape_is_refused(cache):
 
 def test_deviations_in_the_place_of_log_variances_are_found(broken):
   manifest = latent_cache.read_manifest(broken)
-  data = latent_cache.open_records(broken, manifest)
+  data = shards.open_records(broken, manifest)
   records = [latent_cache.decode(data[i], manifest.stored) for i in range(manifest.count)]
   positive = [(label, np.concatenate([x[..., :4], np.exp(x[..., 4:].astype(np.float32) / 2)], -1))
               for label, x in records]
@@ -307,7 +307,7 @@ def test_a_picture_that_cannot_be_decoded_is_named_and_left_out(made, tmp_path, 
 
 def test_a_draw_is_of_the_posterior_of_either_view(cache):
   manifest = latent_cache.read_manifest(cache)
-  data = latent_cache.open_records(cache, manifest)
+  data = shards.open_records(cache, manifest)
   _, x = latent_cache.decode(data[0], manifest.stored)
   x = x.copy()
   x[..., 4:] = np.log(0.25)  # a deviation of .5
