@@ -89,7 +89,7 @@ def draw(config, run, workdir, cond, ids, *, seed, mesh, step=None, added=None, 
     seed: a whole number.
     mesh: of `sharding.make_mesh`.
     step: of the checkpoint; None: the newest.
-    added: (role, weights) -> weights with others' adapters; None: there are none.
+    added: weights -> weights with others' adapters; None: there are none.
     teacher_steps: Euler steps of the teacher, whose samples are drawn then.
   Returns:
     x_0, [n, ...] float32.
@@ -234,6 +234,7 @@ def _adder(config, run, values):
   """What adds the adapters of --lora to weights, or None."""
   if not values.lora:
     return None
+  teacher, own = trees.weights_of(config)
   total = {}
   for text in values.lora:
     place, _, strength = text.rpartition(":")
@@ -241,10 +242,9 @@ def _adder(config, run, values):
       place, strength = (place, float(strength)) if place else (text, 1.0)
     except ValueError:
       place, strength = text, 1.0
-    teacher, own = trees.weights_of(config)
     loaded = adapters.read(pathlib.Path(place).expanduser(), "--lora")
-    for where, delta in adapters.deltas(loaded, teacher if run.student is None else own, strength, place).items():
-      total[where] = total.get(where, 0) + delta
+    for where, placed in adapters.deltas(loaded, teacher if run.student is None else own, strength, place).items():
+      total.setdefault(where, []).extend(placed)
   return functools.partial(adapters.merged, found=total)
 
 

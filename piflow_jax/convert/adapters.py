@@ -12,7 +12,7 @@ W' = W + scale B A with A (r, in), B (out, r); scale is alpha / r, of rsLoRA alp
 import json
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -66,6 +66,16 @@ class Adapter(NamedTuple):
     """scale B A, (out, in) float32."""
     return np.float32(self.scale) * (self.b.astype(np.float32) @ self.a.astype(np.float32))
 
+  @property
+  def folded(self):
+    """The same with scale 1."""
+    return Adapter(self.a, (self.b * np.float32(self.scale)).astype(self.b.dtype), 1.0)
+
+  @property
+  def swapped(self):
+    """B's two halves of rows in the other order."""
+    return self._replace(b=np.concatenate(np.split(self.b, 2)[::-1]))
+
 
 class Loaded(NamedTuple):
   """A file of adapters."""
@@ -108,8 +118,7 @@ def _read(path, flag):
     if not {"a", "b"} <= part.keys() or part["a"].ndim != 2 or part["b"].ndim != 2 or (
         part["a"].shape[0] != part["b"].shape[1]):
       shapes = {k: v.shape for k, v in part.items()}
-      raise errors.UserError(f"{where}: the adapter of {module} is {shapes}; A (r, in) and B (out, r) make "
-                             "one")
+      raise errors.UserError(f"{where}: the adapter of {module} is {shapes}; A (r, in) and B (out, r) make one")
     if bad := [name for name, x in part.items() if not np.isfinite(x.astype(np.float32)).all()]:
       raise errors.UserError(f"{where}: the adapter of {module} holds NaN or infinity, in its {bad[0]}")
     alpha = float(part["alpha"]) if "alpha" in part else about["alpha"](module)
@@ -178,9 +187,7 @@ def _underscored(name):
 def _parts_of(names, adapter, where):
   rows = len(adapter.b)
   if len(names) == 1:
-    if names[0] == _SWAPPED:
-      adapter = adapter._replace(b=np.concatenate(np.split(adapter.b, 2)[::-1]))
-    return {names[0]: adapter}
+    return {names[0]: adapter.swapped if names[0] == _SWAPPED else adapter}
   width = adapter.a.shape[1]  # q, k and v are as wide as what they read
   ends = [width * (i + 1) for i in range(3)]
   if (len(names) == 3 and rows != 3 * width) or (len(names) == 4 and rows <= 3 * width):
@@ -204,15 +211,15 @@ def write(folder, loaded, naming):
   files.write_adapters(folder, name, tensors, metadata | {"format": "pt"}, more)
 
 
-def _folded(loaded):
-  """A and B with the scale in B."""
-  return {f"{module}.{part}.weight": np.ascontiguousarray(x) for module, ad in loaded.adapters.items()
-          for part, x in (("lora_A", ad.a), ("lora_B", (ad.b * np.float32(ad.scale)).astype(ad.b.dtype)))}
-
-
 def _release(loaded):
   metadata = {k: v for k, v in loaded.metadata.items() if k == "policy_config"}
-  return _folded(loaded) | loaded.others, metadata, {"config.json": loaded.config}, f"{files.NAME}.safetensors"
+  tensors = _tensors({module: adapter.folded for module, adapter in loaded.adapters.items()})
+  return tensors | loaded.others, metadata, {"config.json": loaded.config}, f"{files.NAME}.safetensors"
+
+
+def _tensors(adapters, prefix=""):
+  return {f"{prefix}{module}.{part}.weight": np.ascontiguousarray(x) for module, adapter in adapters.items()
+          for part, x in (("lora_A", adapter.a), ("lora_B", adapter.b))}
 
 
 def _peft_settings(loaded, prefix=""):
@@ -227,70 +234,59 @@ def _peft_settings(loaded, prefix=""):
   return {f"{prefix}{k}": v for k, v in found.items()}
 
 
-def _with_prefix(loaded, prefix):
-  return {f"{prefix}{module}.{part}.weight": np.ascontiguousarray(x) for module, ad in loaded.adapters.items()
-          for part, x in (("lora_A", ad.a), ("lora_B", ad.b))}
-
-
 def _diffusers(loaded):
   metadata = {_METADATA: json.dumps(_peft_settings(loaded, "transformer."), sort_keys=True)}
-  return _with_prefix(loaded, "transformer."), metadata, {}, "pytorch_lora_weights.safetensors"
+  return _tensors(loaded.adapters, "transformer."), metadata, {}, "pytorch_lora_weights.safetensors"
 
 
 def _peft(loaded):
-  return (_with_prefix(loaded, "base_model.model."), {}, {"adapter_config.json": _peft_settings(loaded)},
+  return (_tensors(loaded.adapters, "base_model.model."), {}, {"adapter_config.json": _peft_settings(loaded)},
           "adapter_model.safetensors")
 
 
 def _kohya(loaded):
   found, left = {}, dict(loaded.adapters)
-  for pattern, modules in _BFL.items():
-    for module in list(left):
-      if module not in left:
-        continue
-      for known in modules:
-        if match := re.fullmatch(re.escape(known).replace(r"\{\}", "([a-z_0-9]+)"), module):
-          groups = match.groups()
-          name = _bfl_name(pattern, groups)
-          if name is None:
-            continue
-          names = [m.format(*groups) for m in modules]
-          found |= _kohya_tensors(f"{_KOHYA}{name}", _joined(names, {n: left.pop(n) for n in names if n in left}))
-          break
-  for module, adapter in left.items():
-    found |= _kohya_tensors(f"{_KOHYA}{module.replace('.', '_')}", adapter)
+  while left:
+    name, modules = _for_kohya(next(iter(left)))
+    found |= _kohya_tensors(name, _joined(modules, {module: left.pop(module) for module in modules if module in left}))
   return found, {}, {}, "adapters.safetensors"
+
+
+def _for_kohya(module):
+  """(name, modules that are one layer under it, in its order) of a module of diffusers'."""
+  for pattern, modules in _BFL.items():
+    for known in modules:
+      match = re.fullmatch(re.escape(known).replace(r"\{\}", "([a-z_0-9]+)"), module)
+      name = match and _bfl_name(pattern, match.groups())
+      if name:
+        return f"{_KOHYA}{name}", [m.format(*match.groups()) for m in modules]
+  return f"{_KOHYA}{module.replace('.', '_')}", [module]
 
 
 def _bfl_name(pattern, groups):
   """Black Forest Labs' name of a module, or None: the embedder is of none of theirs."""
   back = {v: k for k, v in _EMBEDDERS.items()} if "guidance" in pattern else {}
-  words = [back.get(g, g) for g in groups]
-  parts = re.split(r"\([^)]*\)", pattern)
-  if len(parts) != len(words) + 1:
-    return None
-  name = parts[0] + "".join(word + part for word, part in zip(words, parts[1:]))
+  words = iter([back.get(g, g) for g in groups])
+  name = re.sub(r"\([^)]*\)", lambda _: next(words), pattern)
   return name if re.fullmatch(pattern, name) else None
 
 
 def _joined(names, adapters):
   """One Adapter of several modules that read the same input: their A above one another, their B side by side."""
   if len(names) == 1:
-    adapter = adapters[names[0]]
-    return adapter._replace(b=np.concatenate(np.split(adapter.b, 2)[::-1])) if names[0] == _SWAPPED else adapter
-  some = next(iter(adapters.values()))
+    return adapters[names[0]].swapped if names[0] == _SWAPPED else adapters[names[0]]
+  there = {name: adapter.folded for name, adapter in adapters.items()}
+  some = next(iter(there.values()))
   width = some.a.shape[1]
-  rows = [len(adapters[n].b) if n in adapters else (width if i < 3 else 4 * width) for i, n in enumerate(names)]
-  there = [n for n in names if n in adapters]
-  rank = sum(len(adapters[n].a) for n in there)
-  b = np.zeros((sum(rows), rank), some.b.dtype)
+  rows = [len(there[n].b) if n in there else (width if i < 3 else 4 * width) for i, n in enumerate(names)]
+  b = np.zeros((sum(rows), sum(len(adapter.a) for adapter in there.values())), some.b.dtype)
   column = 0
-  for i, n in enumerate(names):
-    if n in adapters:
-      r = len(adapters[n].a)
-      b[sum(rows[:i]):sum(rows[:i + 1]), column:column + r] = adapters[n].b * np.float32(adapters[n].scale)
-      column += r
-  return Adapter(np.concatenate([adapters[n].a for n in there]), b, 1.0)
+  for i, name in enumerate(names):
+    if name in there:
+      rank = len(there[name].a)
+      b[sum(rows[:i]):sum(rows[:i + 1]), column:column + rank] = there[name].b
+      column += rank
+  return Adapter(np.concatenate([there[name].a for name in names if name in there]), b, 1.0)
 
 
 def _kohya_tensors(name, adapter):
@@ -302,8 +298,21 @@ def _kohya_tensors(name, adapter):
 _NAMED = {"release": _release, "diffusers": _diffusers, "peft": _peft, "kohya": _kohya}
 
 
+class Placed(NamedTuple):
+  """What an adapter adds to a kernel, or to its part of one layer; computed when it is asked for."""
+
+  adapter: Adapter
+  strength: float
+  entry: table.Entry
+
+  @property
+  def delta(self):
+    """float32, shaped as the kernel, or its layer, is here."""
+    return np.float32(self.strength) * self.entry.transform.here(self.adapter.delta, self.entry.shape)
+
+
 def deltas(loaded, weights, strength, where):
-  """{(path of a kernel, layer or None): what a file adds to it, float32} for one network.
+  """{(path of a kernel, layer or None): [Placed]} of a file for one network.
 
   Args:
     loaded: Loaded.
@@ -327,11 +336,11 @@ def deltas(loaded, weights, strength, where):
     if entry.path.startswith(("head/", "adaln_out/")) and weights.role == "student":
       skipped.append(module)  # trained whole: the student's stand in the place of what the file was made for
       continue
-    delta = adapter.delta
-    if delta.shape != entry.shape_there:
-      raise errors.UserError(f"--lora: {where}: the adapter of {module} makes {delta.shape}, the network has "
+    shape = len(adapter.b), adapter.a.shape[1]
+    if shape != entry.shape_there:
+      raise errors.UserError(f"--lora: {where}: the adapter of {module} makes {shape}, the network has "
                              f"{entry.shape_there}")
-    found[entry.path, entry.layer] = np.float32(strength) * entry.transform.here(delta, entry.shape)
+    found[entry.path, entry.layer] = [Placed(adapter, strength, entry)]
   if skipped:
     print(f"{where}: left out, as the student has its own: {', '.join(sorted(skipped))}", flush=True)
   return found
@@ -340,19 +349,17 @@ def deltas(loaded, weights, strength, where):
 def merged(tree, found):
   """A nested dict of arrays with deltas added to its kernels; a path that it has not is passed over.
 
+  A layer's sum is rounded once. In memory are the deltas of one layer: those of all make up a network in float32.
+
   Args:
     tree: of jax.Arrays.
-    found: of `deltas`.
+    found: as of `deltas`, of one file or several.
   """
-  leaves = dict(params_lib.named_leaves(tree))
-  by_path: dict[str, Any] = {}
-  for (path, layer), delta in found.items():
-    by_path.setdefault(path, []).append((layer, delta))
-  for path, parts in by_path.items():
-    if path not in leaves:
+  leaves = params_lib.named_leaves(tree)
+  for (path, layer), placed in found.items():
+    if (leaf := leaves.get(path)) is None:
       continue
-    total = np.zeros(leaves[path].shape, np.float32)
-    for layer, delta in parts:
-      total[() if layer is None else layer] += delta
-    leaves[path] = (leaves[path].astype(np.float32) + total).astype(leaves[path].dtype)
+    part = leaf if layer is None else leaf[layer]
+    part = (part.astype(np.float32) + sum(one.delta for one in placed)).astype(leaf.dtype)
+    leaves[path] = part if layer is None else leaf.at[layer].set(part)
   return params_lib.nested(leaves)

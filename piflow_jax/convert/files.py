@@ -80,6 +80,7 @@ def parse(text):
 
 
 def read_json(path):
+  """The table in a JSON file. Raises errors.UserError: it cannot be read, or is none."""
   try:
     found = parse(path.read_text())
   except (OSError, ValueError) as e:
@@ -298,16 +299,11 @@ def write(folder, shapes, tensors, *, dtype, config, metadata, beside=(), max_by
     errors.UserError: the folder has something in it, or cannot be written.
   """
   check_free(folder)
-  folder = pathlib.Path(os.path.abspath(folder))
-  partial = folder.with_name(f".{folder.name}.partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  missing = [place for place in folder.parents if not place.exists()]
   shards = _shards(shapes, np.dtype(dtype).itemsize, max_bytes)
   names = [f"{NAME}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
   names = [f"{NAME}.safetensors"] if len(shards) == 1 else names
-  try:
-    partial.mkdir(parents=True)
-    tensors = iter(tensors)
+  tensors = iter(tensors)
+  with _made(folder) as partial:
     for name, keys in zip(names, shards):
       with open(partial / name, "wb") as file:
         file.write(_header({key: shapes[key] for key in keys}, np.dtype(dtype), metadata))
@@ -326,6 +322,19 @@ def write(folder, shapes, tensors, *, dtype, config, metadata, beside=(), max_by
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in beside:
       shutil.copy(path, partial / os.path.basename(path))
+  return sorted(path.name for path in pathlib.Path(folder).iterdir())
+
+
+@contextlib.contextmanager
+def _made(folder):
+  """A folder to write into, which becomes `folder` where the block ends well and leaves nothing where it does not."""
+  folder = pathlib.Path(os.path.abspath(folder))
+  partial = folder.with_name(f".{folder.name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  missing = [place for place in folder.parents if not place.exists()]
+  try:
+    partial.mkdir(parents=True)
+    yield partial
     if folder.exists():
       folder.rmdir()
     partial.rename(folder)
@@ -337,7 +346,6 @@ def write(folder, shapes, tensors, *, dtype, config, metadata, beside=(), max_by
     if not isinstance(e, OSError):
       raise
     raise _unwritable("--out", folder, e) from e
-  return sorted(path.name for path in folder.iterdir())
 
 
 def write_adapters(folder, name, tensors, metadata, more):
@@ -352,21 +360,10 @@ def write_adapters(folder, name, tensors, metadata, more):
   Raises:
     errors.UserError: the folder cannot be written.
   """
-  folder = pathlib.Path(os.path.abspath(folder))
-  partial = folder.with_name(f".{folder.name}.partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  try:
-    partial.mkdir(parents=True)
+  with _made(folder) as partial:
     safetensors.numpy.save_file(tensors, partial / name, metadata)
     for file, tree in more.items():
       (partial / file).write_text(json.dumps(tree, indent=2) + "\n")
-    if folder.exists():
-      folder.rmdir()
-    partial.rename(folder)
-  except OSError as e:
-    raise _unwritable("--out", folder, e) from e
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _shards(shapes, itemsize, max_bytes):
