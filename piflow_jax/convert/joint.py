@@ -4,7 +4,6 @@ import re
 
 from piflow_jax import config as config_lib
 from piflow_jax import lora
-from piflow_jax import params as params_lib
 from piflow_jax.convert import naming
 from piflow_jax.convert import table
 from piflow_jax.convert.table import Row
@@ -81,12 +80,7 @@ def about(weights, name, fields):
     count = getattr(weights.head, "points", None) or weights.head.intervals
     found["out_channels"] *= count
   ours = {name: n[name] for name in ("half_times", "patch", "guidance", "masked") if name in n}
-  return found | {"piflow_jax": ours | (adapter_fields(weights.config.lora) if weights.config.lora else {})}
-
-
-def adapter_fields(noun):
-  """What a student's file says of its adapters; diffusers and PEFT call these so too."""
-  return dict(lora=dict(r=noun.rank, lora_alpha=noun.alpha or noun.rank, use_rslora=noun.rslora))
+  return found | {"piflow_jax": ours}
 
 
 def stated(about_):
@@ -119,16 +113,15 @@ def sizes(weights, *depths):
   return found
 
 
-def remark(weights, stated_):
-  """What an import takes for granted."""
-  if stated_ is None or weights.config.lora is None or weights.role == "teacher":
-    return ""
-  scale = params_lib.named_leaves({"scale": lora.make(**config_lib.fields_of(weights.config.lora)).scale})["scale"]
-  return f"taken to count its adapters {scale:g} times, as config.lora says; pi-Flow's release has 1"
-
-
 def of(says, recognised, rows, about_, classes, sizes_, **more):
   """The one naming that such a network has: diffusers', and pi-Flow's release for students."""
-  given = dict(students=True, alone=True, stated=stated, classes=classes, sizes=sizes_, remark=remark,
+  def with_scale(weights):
+    # The release's files know no alpha: there an adapter counts once.
+    noun = weights.config.lora
+    scale = lora.make(**config_lib.fields_of(noun)).scale if noun else 1.0
+    return [row._replace(transform=table.Scaled(row.transform, scale))
+            if scale != 1 and row.here.endswith(f"/{lora.B}") else row for row in rows(weights)]
+
+  given = dict(students=True, alone=True, stated=stated, classes=classes, sizes=sizes_,
                beside=("piflow_text_to_image.py", "piflow_policy.py"))
-  return {"release": naming.Naming(says, recognised, rows, about_, **given | more)}
+  return {"release": naming.Naming(says, recognised, with_scale, about_, **given | more)}

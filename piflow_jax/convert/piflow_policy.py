@@ -8,11 +8,13 @@ What `sample` takes for a model is any object with
   null(cond)           the condition of guidance's unconditional pass
   block_velocity(x, t, cond, weights)  of parallel decoding alone: u by one output layer, `weights`' average of the many
 
-This file stands alone: it needs torch, and nothing of piflow_jax. t is the noise level, 1 at the noise; velocities are
-noise - data; tau is the time before the schedule's shift.
+This file stands alone: it needs torch, `read` also safetensors, and nothing of piflow_jax. t is the noise level, 1 at
+the noise; velocities are noise - data; tau is the time before the schedule's shift.
 """
 
+import json
 import math
+import os
 
 import torch
 
@@ -152,6 +154,22 @@ def plan(settings, nfe, h):
     tau_dst = float(unwarp(torch.tensor(t_dst, dtype=torch.float64), shift))
     rows.append((tau_src, tau_dst, t_src, t_dst, t_next, m))
   return rows
+
+
+def read(folder):
+  """(config.json, {key: tensor}) of a folder of diffusers' form: one safetensors file, or the shards of its index."""
+  from safetensors.torch import load_file
+
+  with open(os.path.join(folder, "config.json")) as f:
+    config = json.load(f)
+  name, state = "diffusion_pytorch_model.safetensors", {}
+  shards = [name]
+  if os.path.exists(os.path.join(folder, f"{name}.index.json")):
+    with open(os.path.join(folder, f"{name}.index.json")) as f:
+      shards = sorted(set(json.load(f)["weight_map"].values()))
+  for shard in shards:  # and nothing else that lies there
+    state |= load_file(os.path.join(folder, shard))
+  return config, state
 
 
 @torch.no_grad()

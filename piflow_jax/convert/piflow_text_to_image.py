@@ -13,10 +13,10 @@ scale and shift leave them. It needs torch, safetensors and piflow_policy.py bes
 """
 
 import argparse
-import json
 import math
 import os
 
+from piflow_policy import read
 from piflow_policy import sample
 import torch
 from torch.nn import functional as F
@@ -195,19 +195,6 @@ class Transformer:
     return self.grid(F.linear(tokens, weight.to(tokens.dtype), bias.to(tokens.dtype)), x.shape, 1)[:, 0]
 
 
-def read(folder):
-  """(config.json, {key: tensor}) of a folder of safetensors."""
-  from safetensors.torch import load_file
-
-  with open(os.path.join(folder, "config.json")) as f:
-    config = json.load(f)
-  state = {}
-  for name in sorted(os.listdir(folder)):
-    if name.endswith(".safetensors"):
-      state |= load_file(os.path.join(folder, name))
-  return config, state
-
-
 def load(folder, base=None, device="cpu", dtype=None):
   """The model of an export: a student's adapters merged into the base's weights, its head and last norm in their place.
 
@@ -220,12 +207,10 @@ def load(folder, base=None, device="cpu", dtype=None):
   about, state = read(base) if base else (config, {})
   if any(key.startswith("proj_out_") for key in own):
     state = {key: w for key, w in state.items() if key not in ("proj_out.weight", "proj_out.bias")}
-  lora = config["piflow_jax"].get("lora") or {}
-  scale = lora.get("lora_alpha", 1) / (lora["r"] ** 0.5 if lora.get("use_rslora") else lora["r"]) if lora else 1.0
   for key, w in own.items():
     if key.endswith(".lora_B.weight"):
       name = key.removesuffix(".lora_B.weight")
-      delta = scale * (w.float() @ own[f"{name}.lora_A.weight"].float())
+      delta = w.float() @ own[f"{name}.lora_A.weight"].float()
       state[f"{name}.weight"] = (state[f"{name}.weight"].float() + delta).to(state[f"{name}.weight"].dtype)
     elif not key.endswith(".lora_A.weight"):
       state[key] = w

@@ -14,29 +14,19 @@ piflow_dit.py (the network). Nothing of piflow_jax.
 """
 
 import argparse
-import json
 import os
 
 import piflow_dit
+from piflow_policy import read
 from piflow_policy import sample
 import torch
 
 
 def load(folder, device="cpu", dtype=None):
   """The model of a folder with config.json and safetensors, its weights in `dtype` (default: as stored)."""
-  from safetensors.torch import load_file
-
-  with open(os.path.join(folder, "config.json")) as f:
-    config = json.load(f)
+  config, state = read(folder)
   if config.get("piflow_jax", {}).get("naming") != "release":
     raise ValueError(f"{folder}: not an export of piflow_jax in pi-Flow's naming")
-  name, state = "diffusion_pytorch_model.safetensors", {}
-  shards = [name]
-  if os.path.exists(os.path.join(folder, f"{name}.index.json")):
-    with open(os.path.join(folder, f"{name}.index.json")) as f:
-      shards = sorted(set(json.load(f)["weight_map"].values()))
-  for shard in shards:  # and nothing else that lies there
-    state |= load_file(os.path.join(folder, shard))
   with torch.device("meta"):
     model = piflow_dit.DiT(config)
   model.load_state_dict({k: v.to(dtype or v.dtype) for k, v in state.items()}, strict=True, assign=True)

@@ -162,6 +162,23 @@ class Negated:
     return -self.transform.there(x)
 
 
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+  """A transform with a factor there, in float32: of an adapter whose scale has no place in a file's names."""
+
+  transform: Any
+  factor: float
+
+  def shape_there(self, shape):
+    return self.transform.shape_there(shape)
+
+  def here(self, x, shape):
+    return self.transform.here(x, shape).astype(np.float32) / np.float32(self.factor)
+
+  def there(self, x):
+    return self.transform.there(x).astype(np.float32) * np.float32(self.factor)
+
+
 PLAIN, FLAT, CONVOLUTION = Plain(), Flat(), Convolution()
 
 

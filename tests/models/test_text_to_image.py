@@ -45,7 +45,7 @@ def tree(module, net, spec, head, stored):
                                                          for k, a in spec.cond.items()}
   shapes = params_lib.named_leaves(jax.eval_shape(net.module(head).init, jax.random.key(0), x, t, cond)["params"])
   (found,) = naming.of_network(module.make).values()
-  weights = types.SimpleNamespace(network=types.SimpleNamespace(patch=2))
+  weights = types.SimpleNamespace(network=types.SimpleNamespace(patch=2), config=types.SimpleNamespace(lora=None))
   leaves = {path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items()}
   used = set()
   for entry in table.entries(found.rows(weights), {k: v.shape for k, v in shapes.items()}, ""):
