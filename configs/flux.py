@@ -6,8 +6,8 @@
       --config.teacher.checkpoint=T
 
 The argument is RECIPE or RECIPE,HEIGHTxWIDTH in pixels (1024x1024); recipes are in configs/text_to_image.py. Recipes
-that do not end in "free" want latents in the cache (--size, --autoencoder of piflow_jax.data.prompts). Hardware and
-hours by the compiler's plan: docs/text_to_image.md. None of them has been run at this size here.
+that do not end in "free" want latents in the cache (--size, --autoencoder of piflow_jax.data.prompts). None of them has
+been run at this size, nor planned: which hardware and how many hours is not known (docs/text_to_image.md).
 """
 
 from configs import text_to_image
