@@ -1,7 +1,6 @@
 """Weights alone: of a run's newest checkpoint in, and of a converter out."""
 
 import contextlib
-import functools
 import json
 
 from etils import epath
@@ -81,8 +80,8 @@ def open_weights(workdir, which, field, step=None):
 
   def read(path):
     args = ocp.args.PyTreeRestore(
-        {which: _nest(path, jax.ShapeDtypeStruct(leaves[path].shape, leaves[path].dtype))},
-        restore_args={which: _nest(path, ocp.RestoreArgs(restore_type=np.ndarray))}, partial_restore=True)
+        {which: params_lib.nested({path: jax.ShapeDtypeStruct(leaves[path].shape, leaves[path].dtype)})},
+        restore_args={which: params_lib.nested({path: ocp.RestoreArgs(restore_type=np.ndarray)})}, partial_restore=True)
     return jax.tree.leaves(ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args)[which])[0]
 
   yield {path: tuple(leaf.shape) for path, leaf in leaves.items()}, read
@@ -202,21 +201,16 @@ def save_weights(workdir, leaves):
 
 def _batched(leaves):
   """Nested dicts of leaves that make up a write each."""
-  tree, size = {}, 0
+  found, size = {}, 0
   for path, array in leaves:
-    *parents, name = path.split("/")
-    functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[name] = array
+    found[path] = array
     size += array.nbytes
     del array
     if size > _AT_ONCE:
-      yield tree
-      tree, size = {}, 0
-  if tree:
-    yield tree
-
-
-def _nest(path, leaf):
-  return functools.reduce(lambda tree, key: {key: tree}, reversed(path.split("/")), leaf)
+      yield params_lib.nested(found)
+      found, size = {}, 0
+  if found:
+    yield params_lib.nested(found)
 
 
 def load_autoencoder(workdir, sharding, field="--autoencoder", channels=None):
@@ -239,7 +233,7 @@ def load_autoencoder(workdir, sharding, field="--autoencoder", channels=None):
   try:
     known = json.loads(path.read_text())
     settings, scales = known["settings"], known["scales"]
-    make = qwen_autoencoder.QwenAutoencoder if known.get("kind") == "qwen_image" else autoencoder.Autoencoder
+    make = qwen_autoencoder.QwenAutoencoder if known.get("kind") == qwen_autoencoder.KIND else autoencoder.Autoencoder
     net = make(**settings | {"widths": tuple(settings["widths"])})
   except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
     raise errors.UserError(f"{field}: {path} is not of this program ({type(e).__name__}: {e}); convert it again") from e

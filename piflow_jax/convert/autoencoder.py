@@ -7,6 +7,7 @@ from piflow_jax.convert import files
 from piflow_jax.convert import table
 from piflow_jax.convert.table import Row
 from piflow_jax.models import autoencoder
+from piflow_jax.models import qwen_autoencoder
 
 _SAYS = "diffusers' AutoencoderKL"
 # Of models.autoencoder.Autoencoder, as diffusers' config.json has them.
@@ -130,15 +131,26 @@ def read_plan(source):
   Raises:
     errors.UserError: no config.json, one of another kind, or tensors that do not fit it.
   """
+  settings, scales = checked_settings(source, settings_of)
+  entries, leaves = checked_entries(source, autoencoder.Autoencoder(**settings), rows(settings, source.shapes), _SAYS)
+  return entries, leaves, {"settings": settings, "scales": scales, "config": source.config}
+
+
+def checked_settings(source, settings_of_):
+  """What settings_of_ makes of the config.json beside a file. Raises errors.UserError: there is none."""
   if not source.config:
     raise errors.UserError(f"--source: no config.json beside {source.where}; an autoencoder's settings are read from "
                            "it")
-  settings, scales = settings_of(source.config)
-  leaves = params_lib.named_leaves(autoencoder.shapes(autoencoder.Autoencoder(**settings)))
-  entries = table.entries(rows(settings, source.shapes), {path: leaf.shape for path, leaf in leaves.items()}, _SAYS)
-  table.check(entries, source.shapes, source.where, faults=source.faults)
-  print(f"{source.where}: {_SAYS} of {len(source.shapes)} tensors", flush=True)
-  return entries, leaves, {"settings": settings, "scales": scales, "config": source.config}
+  return settings_of_(source.config)
+
+
+def checked_entries(source, net, rows_, says, ignored=()):
+  """(table entries, {path: ShapeDtypeStruct}) of a file for a network, once they are compared; prints what it is."""
+  leaves = params_lib.named_leaves(autoencoder.shapes(net))
+  entries = table.entries(rows_, {path: leaf.shape for path, leaf in leaves.items()}, says)
+  table.check(entries, source.shapes, source.where, ignored, faults=source.faults)
+  print(f"{source.where}: {says} of {len(source.shapes)} tensors", flush=True)
+  return entries, leaves
 
 
 def write_plan(path, shapes):
@@ -152,7 +164,7 @@ def write_plan(path, shapes):
   """
   try:
     known = files.parse(path.read_text())
-    if known.get("kind") == "qwen_image":
+    if known.get("kind") == qwen_autoencoder.KIND:
       raise errors.UserError(f"--workdir: {path}: of Qwen-Image's autoencoder only what single images need is here; "
                              "give PyTorch users the original")
     settings = known["settings"] | {"widths": tuple(known["settings"]["widths"])}

@@ -2,14 +2,13 @@
 
 from piflow_jax import config as config_lib
 from piflow_jax import errors
-from piflow_jax import params as params_lib
+from piflow_jax.convert import autoencoder as names
 from piflow_jax.convert import table
 from piflow_jax.convert.table import Row
-from piflow_jax.models import autoencoder
 from piflow_jax.models import qwen_autoencoder
 
-_SAYS = "diffusers' AutoencoderKLQwenImage, for single images"
-KIND = "qwen_image"
+_SAYS = "diffusers' AutoencoderKLQwenImage, for single images,"
+KIND = qwen_autoencoder.KIND
 _IGNORED = (r".*\.time_conv\.(weight|bias)",)  # between frames; one image never reaches them
 
 
@@ -116,12 +115,7 @@ def read_plan(source):
   Raises:
     errors.UserError: no config.json, one of another kind, or tensors that do not fit it.
   """
-  if not source.config:
-    raise errors.UserError(f"--source: no config.json beside {source.where}; an autoencoder's settings are read from "
-                           "it")
-  settings, scales = settings_of(source.config)
-  leaves = params_lib.named_leaves(autoencoder.shapes(qwen_autoencoder.QwenAutoencoder(**settings)))
-  entries = table.entries(rows(settings), {path: leaf.shape for path, leaf in leaves.items()}, _SAYS)
-  table.check(entries, source.shapes, source.where, _IGNORED, faults=source.faults)
-  print(f"{source.where}: {_SAYS}, of {len(source.shapes)} tensors", flush=True)
+  settings, scales = names.checked_settings(source, settings_of)
+  net = qwen_autoencoder.QwenAutoencoder(**settings)
+  entries, leaves = names.checked_entries(source, net, rows(settings), _SAYS, _IGNORED)
   return entries, leaves, {"kind": KIND, "settings": settings, "scales": scales, "config": source.config}

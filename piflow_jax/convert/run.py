@@ -43,10 +43,10 @@ def from_torch(path, workdir, config=None, *, naming=None, dry_run=False):
   namings = {} if config is None else _namings(*trees.networks_of(config))
   with files.open_source(path) as source:
     source = files.without_prefix(source, functools.partial(_recognised, namings))
-    if _of_autoencoder(source.shapes):
+    if module := _of_autoencoder(source.shapes):
       if naming:
         raise errors.UserError(f"--format: {source.where} is an autoencoder, which has one naming; leave it out")
-      entries, leaves, about = _of_autoencoder(source.shapes).read_plan(source)
+      entries, leaves, about = module.read_plan(source)
       write = functools.partial(_write_text, epath.Path(workdir) / autoencoder_lib.FILE, json.dumps(about))
       flag = "--autoencoder"
     elif config is None:

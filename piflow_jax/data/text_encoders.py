@@ -48,7 +48,7 @@ def open_encoder(name, tokens, device="cpu"):
 
   Args:
     name: see above.
-    tokens: longest text; 0: 512.
+    tokens: longest text.
     device: of PyTorch.
   Raises:
     ValueError: "encoder: ...": no such kind, PyTorch or transformers are not there, or the place holds none.
@@ -66,7 +66,7 @@ def open_encoder(name, tokens, device="cpu"):
   transformers.utils.logging.disable_progress_bar()
   make = {"flux": _flux, "qwen": _qwen, "auto": _auto}[kind]
   try:
-    width, pooled, padded, run = make(transformers, place, tokens or 512, torch.device(device))
+    width, pooled, padded, run = make(transformers, place, tokens, torch.device(device))
   except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as e:
     raise ValueError(f"encoder: {name} cannot be opened ({' '.join(str(e).split())[:300]}); give a folder that holds "
                      "it") from e
@@ -75,7 +75,7 @@ def open_encoder(name, tokens, device="cpu"):
     with torch.inference_mode():
       return [{k: _bfloat16(torch, x) for k, x in one.items()} for one in run(list(prompts))]
 
-  return Encoder(name, width, pooled, padded, tokens or 512, encode)
+  return Encoder(name, width, pooled, padded, tokens, encode)
 
 
 def _bfloat16(torch, x):

@@ -51,8 +51,17 @@ def _norm(groups, dtype, name):
   return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
 
 
-def _conv(features, dtype, name, kernel=3, **more):
+def conv(features, dtype, name, kernel=3, **more):
+  """A convolution whose output is as large as its input unless told otherwise."""
   return nn.Conv(features, (kernel, kernel), dtype=dtype, name=name, **({"padding": kernel // 2} | more))
+
+
+def check_widths(widths):
+  """Raises ValueError: what is no list of levels' widths."""
+  if not isinstance(widths, (tuple, list)) or not 1 <= len(widths) <= 12:
+    raise ValueError(f"widths: {widths!r} must be one to twelve whole numbers")
+  for width in widths:
+    config_lib.whole("widths", width, most=1 << 16)
 
 
 class Resnet(nn.Module):
@@ -64,10 +73,10 @@ class Resnet(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    y = _conv(self.features, self.dtype, "conv1")(nn.silu(_norm(self.groups, self.dtype, "norm1")(x)))
-    y = _conv(self.features, self.dtype, "conv2")(nn.silu(_norm(self.groups, self.dtype, "norm2")(y)))
+    y = conv(self.features, self.dtype, "conv1")(nn.silu(_norm(self.groups, self.dtype, "norm1")(x)))
+    y = conv(self.features, self.dtype, "conv2")(nn.silu(_norm(self.groups, self.dtype, "norm2")(y)))
     if x.shape[-1] != self.features:
-      x = _conv(self.features, self.dtype, "shortcut", kernel=1)(x)
+      x = conv(self.features, self.dtype, "shortcut", kernel=1)(x)
     return x + y
 
 
@@ -114,16 +123,16 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    x = _conv(self.widths[0], self.dtype, "conv_in")(x)
+    x = conv(self.widths[0], self.dtype, "conv_in")(x)
     for level, width in enumerate(self.widths):
       for i in range(self.layers_per_block):
         x = Resnet(width, self.groups, self.dtype, name=f"down_{level}_resnet_{i}")(x)
       if level < len(self.widths) - 1:
         # The original pads one row and column of zeros, at the end alone.
-        x = _conv(width, self.dtype, f"down_{level}_sample", strides=2, padding=((0, 1), (0, 1)))(x)
+        x = conv(width, self.dtype, f"down_{level}_sample", strides=2, padding=((0, 1), (0, 1)))(x)
     x = Middle(self.groups, self.mid_attention, self.dtype, name="middle")(x)
     x = nn.silu(_norm(self.groups, self.dtype, "norm_out")(x))
-    return _conv(2 * self.latent_channels, self.dtype, "conv_out")(x)
+    return conv(2 * self.latent_channels, self.dtype, "conv_out")(x)
 
 
 class Decoder(nn.Module):
@@ -138,15 +147,15 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    x = _conv(self.widths[-1], self.dtype, "conv_in")(x)
+    x = conv(self.widths[-1], self.dtype, "conv_in")(x)
     x = Middle(self.groups, self.mid_attention, self.dtype, name="middle")(x)
     for level, width in enumerate(reversed(self.widths)):
       for i in range(self.layers_per_block + 1):
         x = Resnet(width, self.groups, self.dtype, name=f"up_{level}_resnet_{i}")(x)
       if level < len(self.widths) - 1:
-        x = _conv(width, self.dtype, f"up_{level}_sample")(x.repeat(2, axis=1).repeat(2, axis=2))
+        x = conv(width, self.dtype, f"up_{level}_sample")(x.repeat(2, axis=1).repeat(2, axis=2))
     x = nn.silu(_norm(self.groups, self.dtype, "norm_out")(x))
-    return _conv(self.channels, self.dtype, "conv_out")(x)
+    return conv(self.channels, self.dtype, "conv_out")(x)
 
 
 class Autoencoder(nn.Module):
@@ -179,10 +188,8 @@ class Autoencoder(nn.Module):
     most = dict(channels=1 << 12, latent_channels=1 << 12, layers_per_block=64, groups=1 << 16)
     for name, bound in most.items():
       config_lib.whole(name, getattr(self, name), most=bound)
-    if not isinstance(self.widths, (tuple, list)) or not 1 <= len(self.widths) <= 12:
-      raise ValueError(f"widths: {self.widths!r} must be one to twelve whole numbers")
+    check_widths(self.widths)
     for width in self.widths:
-      config_lib.whole("widths", width, most=1 << 16)
       if width % self.groups:
         raise ValueError(f"groups: {self.groups} does not divide width {width}")
     for name in ("quant_conv", "post_quant_conv", "mid_attention"):

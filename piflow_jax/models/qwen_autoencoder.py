@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from piflow_jax import config as config_lib
+from piflow_jax.models import autoencoder
+
+KIND = "qwen_image"  # in autoencoder.FILE
 
 
 class Norm(nn.Module):
@@ -25,10 +28,6 @@ class Norm(nn.Module):
     return (y * (x.shape[-1] ** 0.5 * gamma)[None, None, None]).astype(self.dtype)
 
 
-def _conv(features, dtype, name, kernel=3, **more):
-  return nn.Conv(features, (kernel, kernel), dtype=dtype, name=name, **({"padding": kernel // 2} | more))
-
-
 class Resnet(nn.Module):
   """Two convolutions beside a shortcut; [B, H, W, C] -> [B, H, W, features]."""
 
@@ -37,10 +36,10 @@ class Resnet(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    y = _conv(self.features, self.dtype, "conv1")(nn.silu(Norm(self.dtype, name="norm1")(x)))
-    y = _conv(self.features, self.dtype, "conv2")(nn.silu(Norm(self.dtype, name="norm2")(y)))
+    y = autoencoder.conv(self.features, self.dtype, "conv1")(nn.silu(Norm(self.dtype, name="norm1")(x)))
+    y = autoencoder.conv(self.features, self.dtype, "conv2")(nn.silu(Norm(self.dtype, name="norm2")(y)))
     if x.shape[-1] != self.features:
-      x = _conv(self.features, self.dtype, "shortcut", kernel=1)(x)
+      x = autoencoder.conv(self.features, self.dtype, "shortcut", kernel=1)(x)
     return x + y
 
 
@@ -53,10 +52,10 @@ class Middle(nn.Module):
   def __call__(self, x):
     b, h, w, c = x.shape
     x = Resnet(c, self.dtype, name="resnet_0")(x)
-    y = _conv(3 * c, self.dtype, "qkv", kernel=1)(Norm(self.dtype, name="norm")(x))
+    y = autoencoder.conv(3 * c, self.dtype, "qkv", kernel=1)(Norm(self.dtype, name="norm")(x))
     q, k, v = jnp.split(y.reshape(b, h * w, 1, 3 * c), 3, axis=-1)
     y = jax.nn.dot_product_attention(q, k, v).reshape(b, h, w, c)
-    x += _conv(c, self.dtype, "out", kernel=1)(y)
+    x += autoencoder.conv(c, self.dtype, "out", kernel=1)(y)
     return Resnet(c, self.dtype, name="resnet_1")(x)
 
 
@@ -70,14 +69,14 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    x = _conv(self.widths[0], self.dtype, "conv_in")(x)
+    x = autoencoder.conv(self.widths[0], self.dtype, "conv_in")(x)
     for level, width in enumerate(self.widths):
       for i in range(self.layers_per_block):
         x = Resnet(width, self.dtype, name=f"down_{level}_resnet_{i}")(x)
       if level < len(self.widths) - 1:
-        x = _conv(width, self.dtype, f"down_{level}_sample", strides=2, padding=((0, 1), (0, 1)))(x)
+        x = autoencoder.conv(width, self.dtype, f"down_{level}_sample", strides=2, padding=((0, 1), (0, 1)))(x)
     x = nn.silu(Norm(self.dtype, name="norm_out")(Middle(self.dtype, name="middle")(x)))
-    return _conv(2 * self.latent_channels, self.dtype, "conv_out")(x)
+    return autoencoder.conv(2 * self.latent_channels, self.dtype, "conv_out")(x)
 
 
 class Decoder(nn.Module):
@@ -90,14 +89,14 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    x = Middle(self.dtype, name="middle")(_conv(self.widths[-1], self.dtype, "conv_in")(x))
+    x = Middle(self.dtype, name="middle")(autoencoder.conv(self.widths[-1], self.dtype, "conv_in")(x))
     for level, width in enumerate(reversed(self.widths)):
       for i in range(self.layers_per_block + 1):
         x = Resnet(width, self.dtype, name=f"up_{level}_resnet_{i}")(x)
       if level < len(self.widths) - 1:
-        x = _conv(width // 2, self.dtype, f"up_{level}_sample")(x.repeat(2, axis=1).repeat(2, axis=2))
+        x = autoencoder.conv(width // 2, self.dtype, f"up_{level}_sample")(x.repeat(2, axis=1).repeat(2, axis=2))
     x = nn.silu(Norm(self.dtype, name="norm_out")(x))
-    return _conv(self.channels, self.dtype, "conv_out")(x)
+    return autoencoder.conv(self.channels, self.dtype, "conv_out")(x)
 
 
 class QwenAutoencoder(nn.Module):
@@ -122,10 +121,7 @@ class QwenAutoencoder(nn.Module):
     super().__post_init__()
     for name in ("channels", "latent_channels", "layers_per_block"):
       config_lib.whole(name, getattr(self, name), most=1 << 12)
-    if not isinstance(self.widths, (tuple, list)) or not 1 <= len(self.widths) <= 12:
-      raise ValueError(f"widths: {self.widths!r} must be one to twelve whole numbers")
-    for width in self.widths:
-      config_lib.whole("widths", width, most=1 << 16)
+    autoencoder.check_widths(self.widths)
 
   def setup(self):
     same = dict(widths=tuple(self.widths), layers_per_block=self.layers_per_block, dtype=self.dtype)

@@ -54,18 +54,7 @@ def changed(c, **fields):
 def shapes(c):
   """Tree of what the config trains, a student's frozen arrays included."""
   _, own = trees.weights_of(c)
-  return _nested(own.leaves)
-
-
-def _nested(leaves):
-  tree = {}
-  for path, leaf in leaves.items():
-    *parents, name = path.split("/")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = leaf
-  return tree
+  return params_lib.nested(own.leaves)
 
 
 def random(c, seed=0):
