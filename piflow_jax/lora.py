@@ -128,7 +128,10 @@ def adapted(dropout=0.0):
     a, b = (sharding.constrain(module.get_variable("params", name).astype(y.dtype)) for name in (A, B))
     x = args[0].astype(y.dtype)
     if dropout and module.has_rng(layers.DROPOUT):
-      kept = jax.random.bernoulli(module.make_rng(layers.DROPOUT), 1 - dropout, x.shape)
+      # Drawn before it is used: XLA for TPUs draws the bits of a mask anew inside each matrix product that it meets,
+      # where they cost more than the product, and compiles that for half an hour.
+      kept = jax.lax.optimization_barrier(
+          jax.random.bernoulli(module.make_rng(layers.DROPOUT), 1 - dropout, x.shape))
       x = jnp.where(kept, x / (1 - dropout), 0)
     return y + (x @ a) @ b
 
