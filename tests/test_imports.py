@@ -71,6 +71,7 @@ ALLOWED = {
     "convert.trees": {"build", "config", "distill.flow_matching", "flow", "params", "workdir"},
     "plan": {"build", "sharding", "train_step"},
     "plan.__main__": {"program"},
+    "plan.flops": {"models.layers"},
 }
 
 

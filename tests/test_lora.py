@@ -122,6 +122,28 @@ def test_dropout_is_of_the_adapters_input_alone_and_only_where_keys_are_given():
   assert (error < 5 * drawn.std(0) / 200**0.5 + 2e-3).all()
 
 
+def test_a_mask_has_its_share_and_its_draws_know_nothing_of_one_another():
+  # A and B are the identity and W is zero, so that the layer gives its own dropped input.
+  one = {"kernel": jnp.zeros((64, 64)), "bias": jnp.zeros(64), lora.A: jnp.eye(64), lora.B: jnp.eye(64)}
+  module, x = layers.dense(64, jnp.float32), jnp.ones((2, 1001, 64))  # four do not divide 1,001
+
+  def kept(seed, x=x):
+    with lora.adapted(0.05):
+      return module.apply({"params": one}, x, rngs={layers.DROPOUT: jax.random.key(seed)})
+
+  y, rate = kept(0), 13 / 256
+  np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - rate)], rtol=1e-6)
+  dropped = y == 0
+  deviation = (rate * (1 - rate) / dropped.size) ** 0.5
+  assert abs(dropped.mean() - rate) < 5 * deviation
+  # One number in `rate` of those that are dropped is dropped elsewhere too: 251 tokens on, where one draw serves both,
+  # beside it, in the other sample, and by another key.
+  for other in (jnp.roll(dropped, 251, 1), jnp.roll(dropped, 1, 1), jnp.roll(dropped, 1, 2), dropped[::-1],
+                kept(1) == 0):
+    assert abs((dropped & other).mean() - rate**2) < 5 * rate / dropped.size**0.5
+  assert 0 < (kept(0, jnp.ones((200, 64))) == 0).mean() < 0.1  # a vector a sample, as of the time's embedding
+
+
 def test_adapters_of_another_network_drop_inside_its_blocks_too():
   noun = dit.config(depth=2, width=16, heads=2, dtype="float32")
   net = noun.make(spec_lib.Spec((4, 4, 4), spec_lib.label(3)), **config_lib.fields_of(noun))

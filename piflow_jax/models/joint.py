@@ -5,7 +5,6 @@ an adapter of the other (lora.py). Inside a joint sequence the image's tokens co
 which order they lie, and padding then lies at the end, where kernels can leave it out by a length.
 """
 
-import functools
 from typing import Any
 
 from flax import linen as nn
@@ -48,11 +47,12 @@ def rotary(positions, axes, theta=10000.0):
 def rotate(x, turns):
   """Each pair of neighbours of x [B, N, heads, D] turned by its angle, in float32; turns as of `rotary`."""
   cos, sin = (table[None, :, None] for table in turns)
-  y = x.astype(jnp.float32)
-  # Rolls along the lanes, not a reshape to pairs: a TPU would spread pairs over tiles of 128 lanes.
-  even = (jnp.arange(x.shape[-1]) % 2 == 0)[None, None, None]
-  turned = jnp.where(even, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))
-  return (y * cos + turned * sin).astype(x.dtype)
+  # (-x1, x0) of each pair (x0, x1) as a product with a matrix of 0, 1 and -1, which is exact: TPUs and GPUs have units
+  # for it, while rolls along the lanes, or pairs as an axis, each copy the whole array several times.
+  swap = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])
+  with jax.named_scope(layers.PERMUTATION):
+    turned = jnp.matmul(x, jnp.asarray(swap, x.dtype), precision="highest", preferred_element_type=jnp.float32)
+  return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
 def plain_norm(x):
@@ -60,6 +60,11 @@ def plain_norm(x):
   y = x.astype(jnp.float32)
   y -= y.mean(-1, keepdims=True)
   return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def gelu(x):
+  """GELU by its tanh (arXiv 1606.08415), computed once: XLA for TPUs would do it anew for each tile of a product."""
+  return jax.lax.optimization_barrier(nn.gelu(x, approximate=True))
 
 
 class Stream(nn.Module):
@@ -71,11 +76,10 @@ class Stream(nn.Module):
   dtype: Any
 
   def setup(self):
-    column = functools.partial(layers.dense, self.width, self.dtype, None, "tensor")
     self.adaln = layers.modulation(6, self.width, self.dtype)
-    self.q, self.k, self.v = column(), column(), column()
+    self.q, self.k, self.v = (layers.Heads(self.heads, self.width, self.dtype) for _ in range(3))
     self.q_norm, self.k_norm = (nn.RMSNorm(epsilon=1e-6, dtype=self.dtype) for _ in range(2))
-    self.out = layers.dense(self.width, self.dtype, "tensor")
+    self.out = layers.Rows(self.width, self.dtype)
     self.mlp_in = layers.dense(self.mlp_ratio * self.width, self.dtype, None, "tensor")
     self.mlp_out = layers.dense(self.width, self.dtype, "tensor")
 
@@ -84,15 +88,15 @@ class Stream(nn.Module):
     shift, scale, *rest = layers.modulations(self.adaln, embedding, 6)
     x = sharding.constrain(x, sharding.SAMPLES)
     y = layers.modulate(plain_norm(x), shift, scale)
-    q, k, v = (layer(y).reshape(*y.shape[:2], self.heads, -1) for layer in (self.q, self.k, self.v))
+    q, k, v = self.q(y), self.k(y), self.v(y)
     return self.q_norm(q), self.k_norm(k), v, rest
 
   def after(self, x, attended, rest):
     """x with what attention found, and the MLP behind it."""
     gate_a, shift, scale, gate_m = rest
-    x = x + gate_a[:, None] * self.out(attended.reshape(*x.shape))
+    x = x + gate_a[:, None] * self.out((attended,))
     y = layers.modulate(plain_norm(x), shift, scale)
-    return x + gate_m[:, None] * self.mlp_out(nn.gelu(self.mlp_in(y), approximate=True))
+    return x + gate_m[:, None] * self.mlp_out(gelu(self.mlp_in(y)))
 
 
 class DoubleBlock(nn.Module):
@@ -127,18 +131,15 @@ class SingleBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, embedding, turns, lengths):
-    column = functools.partial(layers.dense, self.width, self.dtype, None, "tensor")
     shift, scale, gate = layers.modulations(layers.modulation(3, self.width, self.dtype, name="adaln"), embedding, 3)
     x = sharding.constrain(x, sharding.SAMPLES)
     y = layers.modulate(plain_norm(x), shift, scale)
-    q, k, v = (column(name=name)(y).reshape(*y.shape[:2], self.heads, -1) for name in "qkv")
+    q, k, v = (layers.Heads(self.heads, self.width, self.dtype, name=name)(y) for name in "qkv")
     q, k = (rotate(nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=f"{name}_norm")(z), turns)
             for name, z in (("q", q), ("k", k)))
-    attended = attention_lib.attention(q, k, v, self.attention, lengths=lengths).reshape(*y.shape)
+    attended = attention_lib.attention(q, k, v, self.attention, lengths=lengths)
     mlp_in = layers.dense(self.mlp_ratio * self.width, self.dtype, None, "tensor", name="mlp_in")
-    hidden = nn.gelu(mlp_in(y), approximate=True)
-    both = jnp.concatenate([attended, hidden], axis=-1)
-    return x + gate[:, None] * layers.dense(self.width, self.dtype, "tensor", name="out")(both), None
+    return x + gate[:, None] * layers.Rows(self.width, self.dtype, name="out")((attended, gelu(mlp_in(y)))), None
 
 
 def half(x):

@@ -1,6 +1,7 @@
 """Layers that several networks share. They compute in `dtype`; parameters, norms and softmax are float32."""
 
 import functools
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -13,6 +14,7 @@ from piflow_jax import sharding
 from piflow_jax.models import attention as attention_lib
 from piflow_jax.models import network
 
+PERMUTATION = "permutation"  # the scope of a product that only moves numbers: it is none of a model's FLOPs
 DROPOUT = "lora"  # the stream of random keys that adapters drop their inputs by (lora.py)
 
 
@@ -108,6 +110,53 @@ def dense(features, dtype, *spec, **more):
   """A linear layer whose kernel is gathered from `fsdp`, and laid out as `spec` says, before it multiplies."""
   return nn.Dense(features, dtype=dtype, dot_general=gathered(*spec),
                   **({"kernel_init": nn.initializers.xavier_uniform()} | more))
+
+
+class Heads(nn.Module):
+  """A linear layer to vectors of several heads, [B, N, D] -> [B, N, heads, features / heads].
+
+  Its kernel is the plain matrix [D, features]. The product has the heads as an axis of its own, so that a TPU lays them
+  out as attention reads them; cut out of `dense`'s result they would be copied.
+  """
+
+  heads: int
+  features: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
+    bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+    kernel = sharding.constrain(kernel.astype(self.dtype), None, "tensor").reshape(x.shape[-1], self.heads, -1)
+    return jnp.tensordot(x.astype(self.dtype), kernel, 1) + bias.astype(self.dtype).reshape(1, 1, self.heads, -1)
+
+
+class Rows(nn.Module):
+  """A linear layer of inputs that stand side by side: sum_i x_i K_i + bias, where K_i are rows of one plain matrix.
+
+  Its argument is a tuple of [B, N, F] and [B, N, heads, D], which counts as [B, N, heads D]; nothing is concatenated.
+  """
+
+  features: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, parts):
+    rows = sum(math.prod(part.shape[2:]) for part in parts)
+    kernel = self.param("kernel", nn.initializers.xavier_uniform(), (rows, self.features))
+    bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+    kernel = sharding.constrain(kernel.astype(self.dtype), "tensor")
+    return rows_product([part.astype(self.dtype) for part in parts], kernel) + bias.astype(self.dtype)[None, None]
+
+
+def rows_product(parts, kernel):
+  """The product of `Rows`: each of the parts [B, N, ...] with its own rows of a kernel [rows, features]."""
+  total, first = 0, 0
+  for part in parts:
+    axes = part.shape[2:]
+    rows = kernel[first:first + math.prod(axes)].reshape(*axes, -1)
+    total, first = total + jnp.tensordot(part, rows, len(axes)), first + math.prod(axes)
+  return total
 
 
 def modulation(count, width, dtype, **more):

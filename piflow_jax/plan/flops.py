@@ -9,6 +9,7 @@ import math
 import jax
 
 from piflow_jax import errors
+from piflow_jax.models import layers
 
 
 def count(f, *args):
@@ -25,6 +26,8 @@ def _of(jaxpr):
 
 
 def _equation(e):
+  if e.primitive.name == "dot_general" and layers.PERMUTATION in str(e.source_info.name_stack):
+    return 0
   if e.primitive.name == "dot_general":
     (contracted, _), _ = e.params["dimension_numbers"]
     return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(e.invars[0].aval.shape[axis] for axis in contracted)

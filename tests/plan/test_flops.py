@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from piflow_jax import build
@@ -11,6 +12,7 @@ from piflow_jax import flow
 from piflow_jax.data import synthetic
 from piflow_jax.distill import flow_matching
 from piflow_jax.models import dit
+from piflow_jax.models import joint
 from piflow_jax.plan import flops
 
 
@@ -31,6 +33,13 @@ def test_products_loops_and_branches():
   assert flops.count(branches, True, square) == 2 * 128
   image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
   assert flops.count(conv, image, kernel) == 2 * (2 * 8 * 8 * 5) * (3 * 3 * 3)
+
+
+def test_a_product_that_only_moves_numbers_is_no_work():
+  x = jnp.ones((2, 3, 4, 8))
+  turns = joint.rotary(np.zeros((3, 1)), (8,))
+  assert flops.count(lambda x: joint.rotate(x, turns), x) == 0
+  assert flops.count(jax.grad(lambda x: joint.rotate(x, turns).sum()), x) == 0
 
 
 def test_a_loop_of_unknown_length_is_not_taken_for_one_turn():

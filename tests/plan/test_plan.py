@@ -73,6 +73,59 @@ def _with_libtpu():
   return tiny.environment(PYTHONPATH=path)
 
 
+_ADAPTERS = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from piflow_jax import lora, params as params_lib
+from piflow_jax.models import joint, layers
+from piflow_jax.plan import compiled, hlo
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_enable_compilation_cache", False)
+_, (device,), _ = compiled.devices_of("v6e-1", 1)
+block = layers.loop(joint.DoubleBlock, 2, 256, 2, 4, "xla", jnp.bfloat16, remat="full", unroll=1, name="blocks")
+turns = joint.rotary(np.zeros((1536, 1)), (128,))
+
+
+def given(*shape, dtype=jnp.bfloat16):
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+
+
+def apply(params, x, text, embedding, key):
+  with lora.adapted(0.05):
+    (x, _), _ = block.apply({"params": params}, (x, text), embedding, turns, None,
+                            rngs={layers.DROPOUT: jax.random.wrap_key_data(key)})
+  return x.astype(jnp.float32).sum()
+
+
+args = given(4, 1024, 256), given(4, 512, 256), given(4, 256)
+params = jax.eval_shape(lambda *args: block.init(jax.random.key(0), args[:2], args[2], turns, None), *args)["params"]
+adapters = lora.shapes_of(lora.Lora(("mlp_in", "mlp_out"), 32, 1.0, 0.05), params)
+params = jax.tree.map(lambda leaf: given(*leaf.shape), params_lib.joined(params, adapters))
+step = jax.jit(jax.grad(apply)).lower(params, *args, given(2, dtype=jnp.uint32))
+table, _ = hlo.computations(step.compile().as_text())
+
+
+def inside(name):
+  called = [part.split("calls=%")[1].split(",")[0] for part in (i.rest for i in table[name]) if "calls=%" in part]
+  return {i.op for i in table[name]}.union(*map(inside, called))
+
+
+fusions = [inside(name) for name in table if "fused" in name]
+products = [ops for ops in fusions if ops & {"dot", "convolution"}]
+print(len(products) > 20, sum("xor" in ops for ops in fusions) > 0, sum("xor" in ops for ops in products))
+"""
+
+
+@pytest.mark.slow
+def test_no_product_draws_an_adapters_mask_anew():
+  # Drawn in the products, 32 bits a number cost more than they, and FLUX.1's step was half an hour of the compiler's.
+  status, out, err = _start("-c", _ADAPTERS)
+  assert status == 0, err
+  assert out.split() == ["True", "True", "0"]
+
+
 @pytest.mark.slow
 def test_what_is_drawn_on_a_tpu_compiles_whether_or_not_the_mesh_splits_it():
   status, out, err = _start("-c", _ON_A_TPUS_HOST)
