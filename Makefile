@@ -97,8 +97,15 @@ emoji: .venv-torch/ready  ## text to image in small: prompts, a FLUX.1-shaped te
 analytic: .venv/ready  ## students against an exactly known flow, by their size and training
 	@$(CACHE) $(PY) -m piflow_jax.evaluation.analytic --config=configs/gaussians.py --workdir=runs/gaussians $(ARGS)
 
-plan: .libtpu/ready  ## what a config would be on a TPU slice: make plan ARGS="--config=... --topology=v5e-16"
-	@PYTHONPATH=.libtpu $(PY) -m piflow_jax.plan $(ARGS)
+# The plugin's version is that of the jaxlib beside it.
+.libcuda/ready: .venv/ready
+	@echo "== CUDA compiler: JAX's plugin into .libcuda (no driver, no card, none of NVIDIA's own libraries)"
+	@version=$$($(PY) -c "import jaxlib; print(jaxlib.__version__)") && \
+		$(PY) $(PIP) --no-deps --target .libcuda --upgrade jax-cuda12-pjrt==$$version jax-cuda12-plugin==$$version
+	@touch $@
+
+plan: .libtpu/ready .libcuda/ready  ## a config on a TPU slice or GPUs: make plan ARGS="--config=... --topology=v5e-16"
+	@PYTHONPATH=.libtpu:.libcuda $(PY) -m piflow_jax.plan $(ARGS)
 
 lint: .venv/ready  ## ruff, shellcheck, and the figures of the house (no JAX: seconds)
 	@.venv/bin/ruff check --quiet --output-format concise .
@@ -115,7 +122,7 @@ test: .venv/ready  ## all tests but those of test-plan and test-torch; several p
 test-rehearsal: .venv/ready  ## ImageNet's whole path in small: tars, cache, teacher, student, FID, a kill in each
 	@$(PY) -m pytest -n 0 -q -m rehearsal tests/test_rehearsal.py
 
-test-plan: .libtpu/ready  ## the tests that need the compiler for TPUs (0.7 GB, into .libtpu)
+test-plan: .libtpu/ready .libcuda/ready  ## the tests that need the compilers for TPUs and GPUs (0.9 GB)
 	@$(PY) -m pytest $(PARALLEL) -m libtpu tests/plan
 
 test-torch: .venv-torch/ready  ## the tests against PyTorch, in an environment of their own
@@ -131,4 +138,4 @@ lock: .venv/ready  ## write what is installed to requirements.lock
 	@$(PY) -m pip freeze --exclude-editable --all --exclude pip > requirements.lock
 
 clean:  ## remove environments, caches and runs
-	rm -rf .venv .venv-torch .libtpu .jax_cache .ruff_cache .pytest_cache runs *.egg-info
+	rm -rf .venv .venv-torch .libtpu .libcuda .jax_cache .ruff_cache .pytest_cache runs *.egg-info

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from piflow_jax import adam8
@@ -37,12 +38,18 @@ class Run(NamedTuple):
   rules: tuple  # (path pattern, axes of the mesh), for every tree of the run
 
 
-def run(config):
-  """The run that a config describes. Raises errors.UserError for fields that are wrong or do not fit one another."""
+def run(config, *, planned=False):
+  """The run that a config describes; `planned`: one that only its shapes matter of, whose data need not be there.
+
+  Raises:
+    errors.UserError: fields are wrong or do not fit one another.
+  """
   check(config)
   data = _made("data", config.data)
   with field("data"):
     spec_lib.check(data)
+  if planned and data.null is not None:
+    data = data._replace(null=lambda: {k: np.zeros(a.shape, np.float32) for k, a in data.spec.cond.items()})
   net = None if config.network is None else _made("network", config.network, data.spec)
   if config.flow is None:
     raise errors.UserError("config.flow: is not set; piflow_jax.flow.config() is a schedule without a shift")

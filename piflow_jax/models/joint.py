@@ -62,11 +62,6 @@ def plain_norm(x):
   return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
-def gelu(x):
-  """GELU by its tanh (arXiv 1606.08415), computed once: XLA for TPUs would do it anew for each tile of a product."""
-  return jax.lax.optimization_barrier(nn.gelu(x, approximate=True))
-
-
 class Stream(nn.Module):
   """One of the two sides of a double block: its own norms, projections and MLP."""
 
@@ -96,7 +91,7 @@ class Stream(nn.Module):
     gate_a, shift, scale, gate_m = rest
     x = x + gate_a[:, None] * self.out((attended,))
     y = layers.modulate(plain_norm(x), shift, scale)
-    return x + gate_m[:, None] * self.mlp_out(gelu(self.mlp_in(y)))
+    return x + gate_m[:, None] * self.mlp_out(layers.gelu(self.mlp_in(y)))
 
 
 class DoubleBlock(nn.Module):
@@ -139,7 +134,7 @@ class SingleBlock(nn.Module):
             for name, z in (("q", q), ("k", k)))
     attended = attention_lib.attention(q, k, v, self.attention, lengths=lengths)
     mlp_in = layers.dense(self.mlp_ratio * self.width, self.dtype, None, "tensor", name="mlp_in")
-    return x + gate[:, None] * layers.Rows(self.width, self.dtype, name="out")((attended, gelu(mlp_in(y)))), None
+    return x + gate[:, None] * layers.Rows(self.width, self.dtype, name="out")((attended, layers.gelu(mlp_in(y)))), None
 
 
 def half(x):

@@ -1,13 +1,15 @@
-"""What a config's step would take up and cost on a TPU slice: compiled for the slice here, with no TPU attached.
+"""What a config's step would take up and cost on a TPU slice or on GPUs: compiled for them, with none attached.
 
   python -m piflow_jax.plan --config=configs/imagenet_dit.py:XL,repa-1nfe --config.mesh.fsdp=16 --topology=v5e-16
   python -m piflow_jax.plan --config=configs/imagenet_dit.py:XL,repa-1nfe --topology=v5p:4x4x4,v6e-256 --json=plan.json
+  python -m piflow_jax.plan --config=configs/flux.py:gm-4nfe --config.microbatches=16 --topology=h100-8
 
 A slice is a generation (v5e, v5p, v6e) and its shape, or its size; --slices=2 joins two of them. Several slices make
 one table. XLA's compiler for TPUs reports the memory; FLOPs are counted in the traced step; the time of a step is the
 largest of: FLOPs at the chip's peak, the compiler's own estimate of its cycles (it has none for Pallas kernels, so the
-table counts their calls), bytes sent over the links. That time is the best to hope for, not a measurement. Needs libtpu
-(make plan brings it), some minutes and 3 GB.
+table counts their calls), bytes sent over the links. That time is the best to hope for, not a measurement. Of GPUs
+(h100, h200, a100; 1, 2, 4 or 8 in a host) no cycles are known, and memory is without the workspace of cuDNN's kernels.
+Needs libtpu or JAX's plugin for CUDA (make plan brings both), some minutes and 3 to 8 GB.
 Exit status: 0 everything fits; 1 something does not; 2 bad input.
 """
 
@@ -79,7 +81,8 @@ def table(plans):
     rows.append((f"{kind}, GB sent a device", [f"{c['bytes'] / 1e9:.3g} in {c['count']}" if c else "" for c in at]))
   for kind, what in (("peak", "at peak FLOPs"), ("compiler", "by the compiler's cycles"), ("links", "over the links"),
                      ("network", "between slices"), ("step", "a step, at best")):
-    rows.append((f"seconds {what}", [f"{p['seconds'][kind]:.3g}" if "seconds" in p else "" for p in plans]))
+    at = [p.get("seconds", {}).get(kind) for p in plans]
+    rows.append((f"seconds {what}", ["" if seconds is None else f"{seconds:.3g}" for seconds in at]))
   rows.append(("Pallas calls, not in the cycles", [f"{p['kernels']:,}" if p.get("kernels") else "" for p in plans]))
   rows.append(("MFU at that", [f"{p['mfu']:.0%}" if "mfu" in p else "" for p in plans]))
   rows.append(("padded arrays (> 2 times)", [_padded(p) for p in plans]))

@@ -1,4 +1,4 @@
-"""Compiles a config's step for a TPU slice that is not attached, and says what it takes up, sends and costs."""
+"""Compiles a config's step for a TPU slice or for GPUs that are not attached: what it takes up, sends and costs."""
 
 import functools
 import importlib.util
@@ -16,6 +16,7 @@ from piflow_jax import sharding
 from piflow_jax import train_step
 from piflow_jax.plan import chips
 from piflow_jax.plan import flops
+from piflow_jax.plan import gpus
 from piflow_jax.plan import hlo
 
 # With these settings libtpu does not look for a TPU, and several processes may load it.
@@ -26,6 +27,10 @@ _QUIET = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WO
 def devices_of(topology, slices):
   """(chip, devices, name) of a slice that only the compiler knows. Raises errors.UserError."""
   kind, shape = chips.slice_name(topology)
+  if not chips.CHIPS[kind].clock:
+    if slices > 1:
+      raise errors.UserError("--slices: only TPUs are planned in several slices; set 1")
+    return chips.CHIPS[kind], gpus.devices(kind, shape), topology
   if not importlib.util.find_spec("libtpu"):
     raise errors.UserError(
         "--topology: the compiler for TPUs, libtpu, is not installed; say make plan ARGS=..., which brings it, or pip "
@@ -43,6 +48,7 @@ def devices_of(topology, slices):
   return chips.CHIPS[kind], found, f"{kind}:{shape}" + (f" x {slices}" if slices > 1 else "")
 
 
+@gpus.cudnn()
 def plan(config, topology, *, slices=1, sampler=False):
   """What a config's training step, or with `sampler` a call of its sampler, would take up and cost on a slice.
 
@@ -54,7 +60,7 @@ def plan(config, topology, *, slices=1, sampler=False):
   chip, devices, name = devices_of(topology, slices)
   mesh = build.mesh(config, devices)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # its devices, not this machine's, decide what can run
-    run = build.run(config)
+    run = build.run(config, planned=True)
     if not sampler:
       train_step.check_batch(config, mesh)
     jitted = train_step.compile(config, mesh, run)
@@ -79,7 +85,8 @@ def plan(config, topology, *, slices=1, sampler=False):
   found = dict(topology=name, chips=len(devices), mesh=dict(mesh.shape), samples=n, memory=memory,
                model_flops=counted[0], flops=counted[1])
   try:
-    compiled = (jitted.draw if sampler else jitted.step).lower(*arguments).compile()
+    lowered = (jitted.draw if sampler else jitted.step).lower(*arguments)
+    compiled = lowered.compile(None if chip.clock else gpus.OPTIONS)
   except jax.errors.JaxRuntimeError as e:
     total, limit = _too_much(str(e), sum(memory.values()))
     if limit is None:
@@ -107,7 +114,7 @@ def _measured(compiled, memory, chip):
   activations = m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
   memory |= dict(padding=m.argument_size_in_bytes - sum(memory.values()), program=program, activations=activations,
                  total=m.argument_size_in_bytes + activations + program, limit=chip.memory)
-  return dict(fits=True, memory=memory)
+  return dict(fits=memory["total"] <= memory["limit"], memory=memory)  # a GPU's compiler refuses nothing
 
 
 def _times(compiled, chip, found, steps):
@@ -115,15 +122,19 @@ def _times(compiled, chip, found, steps):
   sent = hlo.collectives(runs)
   links = sum(size for kind, (_, size) in sent.items() if kind != "send") / (2 * chip.link)
   flops_a_second = found["chips"] * chip.flops
-  seconds = dict(peak=found["flops"] / flops_a_second, compiler=hlo.cycles(runs) / chip.clock, links=links,
+  seconds = dict(peak=found["flops"] / flops_a_second, links=links,
                  network=sent.get("send", (0, 0))[1] / chip.network)
+  if chip.clock:
+    seconds["compiler"] = hlo.cycles(runs) / chip.clock
   step = max(seconds.values())
   waste = sorted(hlo.padded(runs), key=lambda b: b.bytes - b.padded)  # most first
   recipe = dict(hours=steps * step / 3600, chip_hours=steps * step / 3600 * found["chips"]) if steps else {}
-  return dict(seconds=seconds | {"step": step}, mfu=found["model_flops"] / (flops_a_second * step),
-              kernels=hlo.kernels(runs),
+  more = dict(mfu=found["model_flops"] / (flops_a_second * step), **recipe)
+  return dict(seconds=seconds | {"step": step}, kernels=hlo.kernels(runs),
               collectives={kind: dict(count=count, bytes=size) for kind, (count, size) in sent.items()},
-              padded=[dict(array=b.text, bytes=b.bytes, padded=b.padded) for b in waste], **recipe)
+              padded=[dict(array=b.text, bytes=b.bytes, padded=b.padded) for b in waste],
+              # Of a card nobody counts cycles: by peak FLOPs and links alone, MFU and hours would be promises.
+              **(more if chip.clock else {}))
 
 
 def _flops(config, mesh, arguments, sampler):
@@ -134,7 +145,7 @@ def _flops(config, mesh, arguments, sampler):
     wanted = {k: v for k, v in dict(network, attention="xla").items() if c.network is not None and k in c.network}
     if wanted:
       c.network.update(wanted)
-    jitted = train_step.compile(c, mesh, build.run(c))
+    jitted = train_step.compile(c, mesh, build.run(c, planned=True))
     return flops.count(jitted.draw if sampler else jitted.step, *arguments)
 
   return count(remat="none"), count()

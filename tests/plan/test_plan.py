@@ -69,7 +69,7 @@ def _plan_of(path, *arguments, **kwargs):
 
 
 def _with_libtpu():
-  path = os.pathsep.join([str(tiny.ROOT / ".libtpu"), str(tiny.ROOT)])
+  path = os.pathsep.join([str(tiny.ROOT / ".libtpu"), str(tiny.ROOT / ".libcuda"), str(tiny.ROOT)])
   return tiny.environment(PYTHONPATH=path)
 
 
@@ -237,6 +237,16 @@ def test_a_foreign_network_is_planned_by_its_config_alone(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_step_on_gpus_says_what_is_known_of_them_and_no_more(tmp_path):
+  out, plan = _plan_of(tmp_path / "plan.json", "--topology=h100-8", "--config.mesh.fsdp=8")
+  assert plan["fits"] and plan["chips"] == 8 and plan["mesh"]["fsdp"] == 8
+  assert plan["memory"]["limit"] == pytest.approx(0.9 * 79.1 * 2**30, rel=1e-3)
+  assert plan["memory"]["activations"] > 0 and plan["collectives"]["all-reduce"]["bytes"] > 0
+  assert plan["seconds"]["step"] == max(plan["seconds"]["peak"], plan["seconds"]["links"]) > 0
+  assert "mfu" not in plan and "hours" not in plan and "MFU" not in out and "compiler's cycles" not in out
+
+
+@pytest.mark.slow
 def test_what_does_not_fit_says_by_how_much(tmp_path):
   status, out, err = _plan("--topology=v5e-1", "--config.batch_size=256", "--config.network.attention=xla",
                            f"--json={tmp_path / 'plan.json'}", shape="(128,128,4)")
@@ -254,6 +264,8 @@ def test_what_does_not_fit_says_by_how_much(tmp_path):
     (["--topology=v5e-16", "--slices=0"], ["slices"]),
     (["--topology=v5e-16,v5p:3x4x4"], ["--topology", "v5p:3x4x4"]),
     (["--topology="], ["--topology", "empty"]),
+    (["--topology=h100-3"], ["--topology", "h100-3", "1, 2, 4 or 8"]),
+    (["--topology=h100-8", "--slices=2"], ["--slices"]),
     (["--topology=v5e-16,v5e-16"], ["--topology", "twice"]),
     (["--topology=v5e-16", "--json=/nowhere/plan.json"], ["--json", "/nowhere/plan.json"])])
 def test_bad_input_is_refused_in_one_line(arguments, words, monkeypatch):
