@@ -1,9 +1,6 @@
 """ImageNet's whole path in small, by the programs and files of the real one, with a kill in every stage."""
 
 import json
-import signal
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -21,25 +18,6 @@ _SMALL = ["--config.network.depth=1", "--config.network.width=32", "--config.net
           "--config.eval_every=0", "--config.image_every=0", "--config.optimizer.warmup_steps=2"]
 
 
-def _run(module, *arguments):
-  status, out, err = tiny.run([sys.executable, "-m", module, *map(str, arguments)])
-  assert status == 0, (module, out, err)
-  return out
-
-
-def _killed(until, module, *arguments):
-  """A program that is killed as soon as `until` holds; it must not have ended by itself."""
-  process = tiny.start([sys.executable, "-m", module, *map(str, arguments)])
-  began = time.monotonic()
-  while not until() and process.poll() is None:
-    assert time.monotonic() - began < 300
-    time.sleep(0.02)
-  ended = process.poll()
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  assert ended is None, f"{module} ended with {ended} before it could be killed"
-
-
 @pytest.mark.rehearsal
 def test_from_tars_to_every_figure_with_a_kill_in_each_stage(tmp_path):
   making.tars(tmp_path, classes=3, pictures=12, size=(40, 30))
@@ -47,35 +25,35 @@ def test_from_tars_to_every_figure_with_a_kill_in_each_stage(tmp_path):
   inception_weights.write(random_inception.params(), tmp_path / "inception.safetensors")
 
   cache = tmp_path / "cache"
-  make_cache = ("piflow_jax.data.imagenet", f"--source=tars:{tmp_path}", f"--autoencoder={tmp_path / 'autoencoder'}",
-                f"--out={cache}", "--size=16", "--shards=6", "--batch=2")
-  _killed(lambda: list(cache.glob("*.array_record.json")), *make_cache)
+  make_cache = ("-m", "piflow_jax.data.imagenet", f"--source=tars:{tmp_path}",
+                f"--autoencoder={tmp_path / 'autoencoder'}", f"--out={cache}", "--size=16", "--shards=6", "--batch=2")
+  tiny.kill(lambda: list(cache.glob("*.array_record.json")), *make_cache)
   assert not (cache / latent_cache.FILE).exists()
-  assert "36 records of 3 classes, 0 left out" in _run(*make_cache)
-  assert "whole" in _run("piflow_jax.data.imagenet", f"--out={cache}", "--check")
+  assert "36 records of 3 classes, 0 left out" in tiny.done(*make_cache)
+  assert "whole" in tiny.done("-m", "piflow_jax.data.imagenet", f"--out={cache}", "--check")
 
   recipe, data = "--config=configs/imagenet_dit.py:tiny,", f"--config.data.path={cache}"
   # A teacher's time scale and norm are the student's recipe's.
   teacher, student = tmp_path / "teacher", tmp_path / "student"
-  train_teacher = ("piflow_jax.main", f"{recipe}teacher,cache", data, f"--workdir={teacher}", *_SMALL,
+  train_teacher = ("-m", "piflow_jax.main", f"{recipe}teacher,cache", data, f"--workdir={teacher}", *_SMALL,
                    "--config.network.time_scale=1.0", "--config.network.mlp_norm_eps=1e-6")
-  train_student = ("piflow_jax.main", f"{recipe}repa-1nfe,cache", data, f"--workdir={student}", *_SMALL,
+  train_student = ("-m", "piflow_jax.main", f"{recipe}repa-1nfe,cache", data, f"--workdir={student}", *_SMALL,
                    f"--config.teacher.checkpoint={teacher}", "--config.policy.components=4",
                    "--config.policy.logstd_width=16", "--config.method.total_substeps=16")
   for workdir, command in ((teacher, train_teacher), (student, train_student)):
-    _killed(lambda: (workdir / "checkpoints" / "2").exists(), *command)  # noqa: B023, called in this turn
-    _run(*command)
+    tiny.kill(lambda: (workdir / "checkpoints" / "2").exists(), *command)  # noqa: B023, called in this turn
+    tiny.done(*command)
     assert [line["step"] for line in tiny.metrics(workdir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
   own = (f"--workdir={student}", f"--autoencoder={tmp_path / 'autoencoder'}",
          f"--inception={tmp_path / 'inception.safetensors'}")
   reference, kept = tmp_path / "reference.npz", tmp_path / "kept.npz"
-  _run("piflow_jax.evaluate", *own, "--real=train", f"--save_reference={reference}")
-  measure = ("piflow_jax.evaluate", *own, f"--reference={reference}", "--count=512", f"--keep={kept}",
+  tiny.done("-m", "piflow_jax.evaluate", *own, "--real=train", f"--save_reference={reference}")
+  measure = ("-m", "piflow_jax.evaluate", *own, f"--reference={reference}", "--count=512", f"--keep={kept}",
              "--config.evaluation.batch_size=64")
-  _killed(lambda: kept.with_name("kept.npz.partial").exists(), *measure)
+  tiny.kill(lambda: kept.with_name("kept.npz.partial").exists(), *measure)
   assert not kept.exists()
-  _run(*measure)
+  tiny.done(*measure)
   report = json.loads((student / "fid" / "adm,512.json").read_text())
   assert report["count"] == 512 and report["protocol"] == "adm"
   assert all(np.isfinite(value) for value in report["values"].values()) and len(report["values"]) == 6

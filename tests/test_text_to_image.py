@@ -12,13 +12,16 @@ import pytest
 from configs import emoji
 from configs import text_to_image
 from piflow_jax import build
+from piflow_jax import lora
 from piflow_jax import params as params_lib
 from piflow_jax import sampler
 from piflow_jax import sharding
 from piflow_jax import train_loop
 from piflow_jax import train_step
+from piflow_jax import weights as weights_lib
 from piflow_jax.convert import run as convert
 from piflow_jax.data import loader
+from piflow_jax.policy import gmm
 from tests import text
 from tests import tiny
 
@@ -82,6 +85,26 @@ def test_a_recipe_trains_goes_on_where_it_was_and_is_drawn_from(kind, recipe, ru
   assert x_0.shape == (3, 4, 6, 4) and np.isfinite(x_0).all() and x_0.std() > 0.1
   convert.to_torch(alone, tmp_path / "out")
   assert (tmp_path / "out" / "piflow_text_to_image.py").exists()
+  _check_that_merged_is_the_same(_config(runs, kind, recipe), alone)
+
+
+def _check_that_merged_is_the_same(config, workdir):
+  run, mesh = build.run(config), sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+  jitted = train_step.compile(config, mesh, run)
+  teacher = train_step.load_teacher(config, run, jitted.teacher)
+  params = weights_lib.load(workdir, jitted.state.ema, "ema", "--workdir")
+  (batch,) = itertools.islice(loader.batches(run.data.records("train"), run.data.spec, batch_size=2, seed=0), 1)
+  x, t = jax.random.normal(jax.random.key(1), (2, 4, 6, 4)), jnp.array([0.9, 0.4])
+  want = run.student.policy(params, teacher, x, t, batch["cond"], run.method.clock).means
+  trunk = {k: v for k, v in teacher.items() if k != "head"}
+  whole = params_lib.overlay(teacher, params, params_lib.joined(trunk, params))
+  module = run.network.module(gmm.GMHead(3, logstd_width=16))
+
+  def means(weights):
+    return gmm.to_policy(module.apply({"params": weights}, x, t, batch["cond"]), x, t).means
+
+  np.testing.assert_allclose(means(lora.merge(whole)), want, atol=1e-5 * float(jnp.abs(want).max()))
+  assert jnp.abs(means(whole) - want).max() > 1e-3 * jnp.abs(want).max()  # adapters that count for something
 
 
 @pytest.mark.slow

@@ -4,8 +4,10 @@ import importlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 from configs import digits
 from piflow_jax import program
@@ -77,6 +79,26 @@ def run(args, **kwargs):
   process = start(args, **kwargs)
   out, err = process.communicate(timeout=600)
   return process.returncode, out, err
+
+
+def done(*args):
+  """What a Python with these arguments says; it must end well."""
+  status, out, err = run([sys.executable, *map(str, args)])
+  assert status == 0, (args, out, err)
+  return out
+
+
+def kill(until, *args):
+  """A Python that is killed as soon as `until` holds; it must not have ended by itself."""
+  process = start([sys.executable, *map(str, args)])
+  began = time.monotonic()
+  while not until() and process.poll() is None:
+    assert time.monotonic() - began < 300
+    time.sleep(0.02)
+  ended = process.poll()
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert ended is None, f"{args} ended with {ended} before it could be killed"
 
 
 def invoke(module, args):
