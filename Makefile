@@ -104,7 +104,8 @@ analytic: .venv/ready  ## students against an exactly known flow, by their size 
 		$(PY) $(PIP) --no-deps --target .libcuda --upgrade jax-cuda12-pjrt==$$version jax-cuda12-plugin==$$version
 	@touch $@
 
-plan: .libtpu/ready .libcuda/ready  ## a config on a TPU slice or GPUs: make plan ARGS="--config=... --topology=v5e-16"
+# h100-8, h200-8 and a100-8 ask for the compiler for GPUs.
+plan: .libtpu/ready $(if $(findstring 00-,$(ARGS)),.libcuda/ready)  ## a config on a TPU slice or GPUs: make plan ARGS="--config=... --topology=v5e-16"
 	@PYTHONPATH=.libtpu:.libcuda $(PY) -m piflow_jax.plan $(ARGS)
 
 lint: .venv/ready  ## ruff, shellcheck, and the figures of the house (no JAX: seconds)

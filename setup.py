@@ -47,7 +47,7 @@ setup(
         "gcs": GCS,
         "gpu": ["jax[cuda12]>=0.10.2"],
         "torch": ["torch>=2.13.0"],  # reading .pt files; sampling what was exported
-        "text": ["torch>=2.13.0", "transformers>=5.24.0", "pyarrow>=26.0.1"],  # encoding prompts
+        "text": ["torch>=2.13.0", "transformers>=5.24.0", "pyarrow>=26.0.1", "zstandard>=0.25.0"],  # encoding prompts
         "eval": EVAL,
         "dev": EVAL + GCS + NOTEBOOKS + LINT + TEST,
     },

@@ -8,7 +8,7 @@
 
 The argument is RECIPE or RECIPE,HEIGHTxWIDTH in pixels (1024x1024); recipes are in configs/text_to_image.py. Recipes
 that do not end in "free" want latents in the cache (--size, --autoencoder of piflow_jax.data.prompts). None of them has
-been run at this size, nor planned: which hardware and how many hours is not known (docs/text_to_image.md).
+been run at this size; docs/text_to_image.md has plans: memory and hours on TPU slices and on eight H100s.
 """
 
 from configs import text_to_image

@@ -37,7 +37,7 @@ def config(**fields):
       rank=256,  # r
       alpha=0.0,  # the adapters' product counts alpha / rank times; 0: once
       rslora=False,  # alpha / sqrt(rank) times instead (arXiv 2312.03732)
-      dropout=0.05,  # chance that an adapter's input is dropped in training
+      dropout=0.05,  # chance that an adapter's input is dropped in training, in steps of 1 / 256
       targets=(),  # patterns of the layers' paths, e.g. "mlp_in"
   ), fields)
 
@@ -47,7 +47,7 @@ def make(*, rank, alpha, rslora, dropout, targets):
   config_lib.whole("rank", rank, most=2**16)
   config_lib.number("alpha", alpha, least=0)
   config_lib.one_of("rslora", rslora, (False, True))
-  config_lib.number("dropout", dropout, least=0, below=1)
+  config_lib.number("dropout", dropout, least=0, below=255 / 256)
   if not targets:
     raise ValueError("targets: is empty; name layers, e.g. (\"mlp_in\", \"mlp_out\")")
   if rslora and not alpha:

@@ -36,9 +36,9 @@ class Manifest(NamedTuple):
 
 
 def encode(prompt, arrays):
-  """The bytes of a record."""
-  arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
-  return safetensors.numpy.save(arrays | {"prompt": np.frombuffer(prompt.encode(), np.uint8)})
+  """The bytes of a record. Arrays that hold "prompt" as UTF-8 bytes say it in the place of `prompt`."""
+  arrays = {"prompt": np.frombuffer(prompt.encode(), np.uint8)} | arrays
+  return safetensors.numpy.save({name: np.ascontiguousarray(x) for name, x in arrays.items()})
 
 
 def decode(data, manifest):

@@ -5,8 +5,9 @@
   python -m piflow_jax.data.prompts --out=DIR --check
 
 --prompts is a .txt file, a prompt a line; a .jsonl file of {"prompt": ..., "image": FILE}, files beside it; a .parquet
-file of such columns, whose images may be files or bytes; or datasets:NAME:SPLIT, of Hugging Face's hub. Prompts that
-come twice are encoded once. --encoder is KIND:PLACE: flux or qwen and a diffusers folder, auto and a folder of any
+file of such columns, whose images may be files or bytes; datasets:NAME:SPLIT, of Hugging Face's hub; or release:FOLDER,
+texts that pi-Flow's own tool encoded (.zst), with --negative=FILE of the negative prompt's. Prompts that come twice are
+encoded once. --encoder is KIND:PLACE: flux or qwen and a diffusers folder, auto and a folder of any
 encoder that transformers knows; it needs PyTorch: pip install -e '.[text]'.
 
 --size=N takes the pictures too: N x N pixels, or with --autoencoder=WORKDIR their latents. Size and time are said
@@ -35,6 +36,7 @@ from piflow_jax import weights
 from piflow_jax import workdir as workdir_lib
 from piflow_jax.data import images
 from piflow_jax.data import prompt_cache
+from piflow_jax.data import release_cache
 from piflow_jax.data import shards
 from piflow_jax.data import text_encoders
 from piflow_jax.models import autoencoder as autoencoder_lib
@@ -239,7 +241,7 @@ def picture_reader(size, autoencoder):
 
 def _define(values):
   string = functools.partial(flags.DEFINE_string, flag_values=values)
-  string("prompts", None, "The list: .txt, .jsonl, .parquet, or datasets:NAME:SPLIT.")
+  string("prompts", None, "The list: .txt, .jsonl, .parquet, datasets:NAME:SPLIT, or release:FOLDER.")
   string("column", "prompt", "Where the text is, of a .jsonl, .parquet or dataset.")
   string("encoder", None, "KIND:PLACE of the text encoder: flux, qwen or auto, and a folder.")
   string("negative", "", "The prompt of guidance's unconditional pass.")
@@ -258,11 +260,13 @@ def _define(values):
 
 
 def _job(values):
-  for name in ("prompts", "encoder"):
+  released = (values.prompts or "").startswith("release:")
+  for name in ("prompts",) if released else ("prompts", "encoder"):
     if not values[name].value:
       raise errors.UserError(f"--{name}: missing; {values[name].help}")
+  source = values.prompts.removeprefix("release:")
   with errors.flag("prompts"):
-    prompts = read_list(values.prompts, values.column)
+    prompts = [Prompt(name) for name in release_cache.names(source)] if released else read_list(source, values.column)
   prompts = prompts[:values.limit] if values.limit else prompts
   shape, pixels, pictures = (), False, None
   if values.size:
@@ -279,8 +283,12 @@ def _job(values):
     shape, pixels, pictures = picture_reader(values.size, autoencoder)
   elif values.autoencoder is not None:
     raise errors.UserError("--autoencoder: encodes pictures, and none are taken; give --size")
-  with errors.flag("encoder"):
-    encoder = text_encoders.open_encoder(values.encoder, values.tokens, values.device)
+  if released:
+    with errors.flag("prompts"):
+      encoder = release_cache.encoder(source, values.tokens, values.negative)
+  else:
+    with errors.flag("encoder"):
+      encoder = text_encoders.open_encoder(values.encoder, values.tokens, values.device)
   settings = {"encoder": encoder.name, "tokens": encoder.tokens, "negative": values.negative, "shape": shape,
               "pixels": pixels, "autoencoder": os.path.basename(values.autoencoder or "")}
   return Job(prompts, values.negative, encoder, shape, pixels, pictures, settings, values.batch)

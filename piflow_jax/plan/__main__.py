@@ -2,14 +2,14 @@
 
   python -m piflow_jax.plan --config=configs/imagenet_dit.py:XL,repa-1nfe --config.mesh.fsdp=16 --topology=v5e-16
   python -m piflow_jax.plan --config=configs/imagenet_dit.py:XL,repa-1nfe --topology=v5p:4x4x4,v6e-256 --json=plan.json
-  python -m piflow_jax.plan --config=configs/flux.py:gm-4nfe --config.microbatches=16 --topology=h100-8
+  python -m piflow_jax.plan --config=configs/flux.py:gm-4nfe --config.microbatches=8 --topology=h100-8
 
 A slice is a generation (v5e, v5p, v6e) and its shape, or its size; --slices=2 joins two of them. Several slices make
 one table. XLA's compiler for TPUs reports the memory; FLOPs are counted in the traced step; the time of a step is the
 largest of: FLOPs at the chip's peak, the compiler's own estimate of its cycles (it has none for Pallas kernels, so the
 table counts their calls), bytes sent over the links. That time is the best to hope for, not a measurement. Of GPUs
 (h100, h200, a100; 1, 2, 4 or 8 in a host) no cycles are known, and memory is without the workspace of cuDNN's kernels.
-Needs libtpu or JAX's plugin for CUDA (make plan brings both), some minutes and 3 to 8 GB.
+Needs libtpu or JAX's plugin for CUDA (make plan brings what it needs), some minutes and 3 to 8 GB.
 Exit status: 0 everything fits; 1 something does not; 2 bad input.
 """
 

@@ -1,5 +1,6 @@
 """Compiles a config's step for a TPU slice or for GPUs that are not attached: what it takes up, sends and costs."""
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -48,7 +49,6 @@ def devices_of(topology, slices):
   return chips.CHIPS[kind], found, f"{kind}:{shape}" + (f" x {slices}" if slices > 1 else "")
 
 
-@gpus.cudnn()
 def plan(config, topology, *, slices=1, sampler=False):
   """What a config's training step, or with `sampler` a call of its sampler, would take up and cost on a slice.
 
@@ -58,6 +58,11 @@ def plan(config, topology, *, slices=1, sampler=False):
     errors.UserError: the slice is unknown, or the mesh or the batch does not fit it.
   """
   chip, devices, name = devices_of(topology, slices)
+  with contextlib.nullcontext() if chip.clock else gpus.cudnn():
+    return _plan(config, chip, devices, name, sampler)
+
+
+def _plan(config, chip, devices, name, sampler):
   mesh = build.mesh(config, devices)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # its devices, not this machine's, decide what can run
     run = build.run(config, planned=True)

@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 from unittest import mock
 
-from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 import jaxlib
 
@@ -53,5 +52,5 @@ def devices(kind, count):
 @contextlib.contextmanager
 def cudnn():
   """A context in which JAX takes cuDNN 9.10 for installed: it asks the library itself, which only cards' hosts have."""
-  with mock.patch.object(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000):
+  with mock.patch("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000):
     yield
