@@ -17,6 +17,7 @@ from piflow_jax import errors
 from piflow_jax import params as params_lib
 from piflow_jax.models import autoencoder
 from piflow_jax.models import qwen_autoencoder
+from piflow_jax.models import tiny_autoencoder
 
 _UNFINISHED = "0.partial_save"  # what Orbax calls a partial save until it is finalized
 BEST = "best.json"  # in a workdir: {"step", "frechet"} of the checkpoint with the least distance
@@ -213,6 +214,11 @@ def _batched(leaves):
     yield params_lib.nested(found)
 
 
+# By "kind" in autoencoder.FILE.
+_AUTOENCODERS = {None: autoencoder.Autoencoder, qwen_autoencoder.KIND: qwen_autoencoder.QwenAutoencoder,
+                 tiny_autoencoder.KIND: tiny_autoencoder.TinyAutoencoder}
+
+
 def load_autoencoder(workdir, sharding, field="--autoencoder", channels=None):
   """(net, params, scales) of an autoencoder that `python -m piflow_jax.convert from-torch` made a workdir of.
 
@@ -233,8 +239,8 @@ def load_autoencoder(workdir, sharding, field="--autoencoder", channels=None):
   try:
     known = json.loads(path.read_text())
     settings, scales = known["settings"], known["scales"]
-    make = qwen_autoencoder.QwenAutoencoder if known.get("kind") == qwen_autoencoder.KIND else autoencoder.Autoencoder
-    net = make(**settings | {"widths": tuple(settings["widths"])})
+    make = _AUTOENCODERS[known.get("kind")]
+    net = make(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
   except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
     raise errors.UserError(f"{field}: {path} is not of this program ({type(e).__name__}: {e}); convert it again") from e
   if channels is not None:

@@ -37,7 +37,8 @@ ALLOWED = {
     # what is kept
     "lock": set(),
     "checkpoint": {"checksums"},
-    "weights": {"checkpoint", "checksums", "models.autoencoder", "models.qwen_autoencoder", "params"},
+    "weights": {"checkpoint", "checksums", "models.autoencoder", "models.qwen_autoencoder",
+                "models.tiny_autoencoder", "params"},
     "run_log": {"images"},
     "workdir": {"config"},
     # a config made a run

@@ -7,7 +7,6 @@ from piflow_jax.convert import files
 from piflow_jax.convert import table
 from piflow_jax.convert.table import Row
 from piflow_jax.models import autoencoder
-from piflow_jax.models import qwen_autoencoder
 
 _SAYS = "diffusers' AutoencoderKL"
 # Of models.autoencoder.Autoencoder, as diffusers' config.json has them.
@@ -164,9 +163,9 @@ def write_plan(path, shapes):
   """
   try:
     known = files.parse(path.read_text())
-    if known.get("kind") == qwen_autoencoder.KIND:
-      raise errors.UserError(f"--workdir: {path}: of Qwen-Image's autoencoder only what single images need is here; "
-                             "give PyTorch users the original")
+    if known.get("kind"):
+      raise errors.UserError(f"--workdir: {path}: Qwen-Image's autoencoder and tiny ones are not written for PyTorch; "
+                             "give its users the original")
     settings = known["settings"] | {"widths": tuple(known["settings"]["widths"])}
     wanted = params_lib.named_leaves(autoencoder.shapes(autoencoder.Autoencoder(**settings)))
     about = known["config"] | diffusers_config(settings, known["scales"])

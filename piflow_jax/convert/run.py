@@ -20,6 +20,7 @@ from piflow_jax.convert import naming as naming_lib
 from piflow_jax.convert import paths
 from piflow_jax.convert import qwen_autoencoder
 from piflow_jax.convert import table
+from piflow_jax.convert import tiny_autoencoder
 from piflow_jax.convert import trees
 from piflow_jax.models import autoencoder as autoencoder_lib
 
@@ -108,7 +109,7 @@ def to_torch(workdir, out, config=None, *, naming=None, ema=True, dtype="float32
 
 def _of_autoencoder(keys):
   """The module of the autoencoder whose keys these are, or None."""
-  return next((module for module in (qwen_autoencoder, autoencoder) if module.recognised(keys)), None)
+  return next((module for module in (tiny_autoencoder, qwen_autoencoder, autoencoder) if module.recognised(keys)), None)
 
 
 def _namings(*networks):

@@ -15,7 +15,9 @@ from piflow_jax import weights as weights_lib
 from piflow_jax.convert import autoencoder as names
 from piflow_jax.convert import run
 from piflow_jax.convert import table
+from piflow_jax.convert import tiny_autoencoder as tiny_names
 from piflow_jax.models import autoencoder
+from piflow_jax.models import tiny_autoencoder
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -200,5 +202,38 @@ def test_qwens_autoencoder_of_one_image_is_the_original(tmp_path):
   latents = autoencoder.to_latents(mean, **scales)
   _close(latents, (theirs.mean[:, :, 0] - mean_) / std, 1e-4)
   np.testing.assert_allclose(autoencoder.from_latents(latents, **scales), mean, atol=1e-6)
-  with pytest.raises(errors.UserError, match="only what single images need is here"):
+  with pytest.raises(errors.UserError, match="are not written for PyTorch"):
     run.to_torch(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_tiny_autoencoder_is_the_original_both_ways(tmp_path):
+  model = diffusers.AutoencoderTiny(
+      latent_channels=6, encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
+      num_encoder_blocks=(1, 2, 1), num_decoder_blocks=(2, 1, 1)).eval()
+  generator = torch.Generator().manual_seed(0)
+  model.load_state_dict({name: torch.randn(w.shape, generator=generator) * (0.3 if w.ndim < 2 else w[0].numel() ** -0.5)
+                         for name, w in model.state_dict().items()})
+  model.save_pretrained(tmp_path / "theirs")
+  net, params, scales = _converted(tmp_path / "theirs", tmp_path)
+  assert scales == {"scaling_factor": 1.0, "shift_factor": 0.0}
+  images = np.random.default_rng(0).uniform(-1, 1, (2, 24, 16, 3)).astype(np.float32)
+  with torch.no_grad():
+    theirs = model.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latents
+    back = model.decode(3 * theirs).sample  # beyond 3, where latents are bent
+  mean, _ = jax.jit(lambda p, x: net.apply({"params": p}, x, method="encode"))(params, images)
+  _close(mean, theirs, 1e-5)
+  assert theirs.std() > 0.1 and back.std() > 0.1 and (3 * theirs).abs().max() > 3
+  _close(jax.jit(lambda p, x: net.apply({"params": p}, 3 * x, method="decode"))(params, mean), back, 1e-5)
+  with pytest.raises(errors.UserError, match="are not written for PyTorch"):
+    run.to_torch(tmp_path / "run", tmp_path / "out")
+  about = json.loads((tmp_path / "theirs" / "config.json").read_text()) | {"upsampling_scaling_factor": 3}
+  (tmp_path / "theirs" / "config.json").write_text(json.dumps(about))
+  with pytest.raises(errors.UserError, match="upsampling_scaling_factor is 3"):
+    run.from_torch(tmp_path / "theirs", tmp_path / "again")
+  # TAEF1's sizes: what it says it is made of there is a place for here.
+  full = tiny_names.settings_of({"latent_channels": 16})[0]
+  entries = table.entries(tiny_names.rows(full), {path: leaf.shape for path, leaf in params_lib.named_leaves(
+      autoencoder.shapes(tiny_autoencoder.TinyAutoencoder(**full))).items()}, "x")
+  with torch.device("meta"):
+    published = diffusers.AutoencoderTiny(latent_channels=16).state_dict()
+  table.check(entries, {name: tuple(w.shape) for name, w in published.items()}, "x")
