@@ -21,6 +21,7 @@ from piflow_jax.evaluation import metrics
 from piflow_jax.evaluation import statistics
 
 NEAREST = 3  # the neighbour that sets the radius of a ball in precision and recall
+_AGREEING = 5  # a sample agrees with its record where fewer others are nearer
 _MOST_PIXELS = 1024  # values of a sample: the distance between covariances of 4,096 takes minutes
 _MOST_RECORDS = 50_000  # real ones that are looked at
 _MOST_FEATURES = 10_000  # rows kept for precision and recall, which take each against each
@@ -36,6 +37,7 @@ class Tally:
     finite: whether all of them are numbers; what comes after one that is none is not taken in.
     features, pixels: Statistics.
     correct: samples that are classified as they are labelled.
+    agreeing: samples that lie near the record that they were drawn by, see `metrics.agreeing`.
     errors: {label: squared errors}, see `metrics.squared_errors`.
     spread: metrics.Spread.
     shown: {number of a sample: sample} of the first ones.
@@ -45,7 +47,7 @@ class Tally:
   def __init__(self):
     # As many from each process: those that lie on the first few devices alone could be of some classes only.
     parts = jax.process_count()
-    self.count, self.finite, self.correct, self.seconds = 0, True, 0, None
+    self.count, self.finite, self.correct, self.agreeing, self.seconds = 0, True, 0, 0, None
     self.features, self.pixels = statistics.Statistics(keep=-(-_MOST_FEATURES // parts)), statistics.Statistics()
     self.errors, self.spread, self.shown = {}, metrics.Spread(), {}
     self._room, self._kept = _MOST_KEPT // parts, []
@@ -80,6 +82,7 @@ class Tally:
   def _merge(self, other):
     self.count, self.finite = self.count + other.count, self.finite and other.finite
     self.correct += other.correct
+    self.agreeing += other.agreeing
     self.features.merge(other.features)
     self.pixels.merge(other.pixels)
     self.spread.merge(other.spread)
@@ -124,6 +127,11 @@ class Bench:
     self.have = {need for need, met in known.items() if met}
     self.shown = _number_shown(self._shape, self.classes, self.samples)
     self.held_out, self.train = (self._real(split) for split in ("held_out", "train"))
+    # Of a cache of prompts alone all pictures are alike; and of several processes each has kept features of its own.
+    if self.features is not None and not self.classes and self.data.spec.cond and jax.process_count() == 1 and np.ptp(
+        self.held_out.features.rows, axis=0).any():
+      self.have.add("conditions")
+    self._records = len(records)
 
   def batches(self, seed, stream=draws.NOISE):
     """draws.Batch of all samples of a seed."""
@@ -162,7 +170,9 @@ class Bench:
     tally.finite &= bool(np.isfinite(samples).all())
     if not tally.finite:
       return
-    self._take_statistics(tally, samples, labels)
+    features = self._take_statistics(tally, samples, labels)
+    if "conditions" in self.have:
+      tally.agreeing += metrics.agreeing(features, self.held_out.features.rows, index % self._records, _AGREEING)
     tally.keep(samples, labels)
     if images.shows(self._shape):
       tally.shown |= {int(i): x for i, x in zip(index, samples) if i < self.shown}
@@ -172,12 +182,15 @@ class Bench:
       tally.spread.update(samples, labels)
 
   def _take_statistics(self, tally, samples, labels):
-    if "features" in self.have:
-      tally.features.update(self.features.extract(samples))
+    """Takes samples in; returns their features, or None."""
+    features = self.features.extract(samples) if "features" in self.have else None
+    if features is not None:
+      tally.features.update(features)
     if "labels" in self.have:
       tally.correct += int(np.sum(self.features.predict(samples) == labels))
     if "pixels" in self.have:
       tally.pixels.update(samples.reshape(len(samples), -1))
+    return features
 
   def _real(self, split):
     """The Tally of a split's records, at most _MOST_RECORDS of them."""
@@ -219,6 +232,8 @@ class Bench:
           self.held_out.features.rows, tally.features.rows, NEAREST)
     if "labels" in self.have:
       found["accuracy"] = tally.correct / tally.count
+    if "conditions" in self.have:
+      found["agreement"] = tally.agreeing / tally.count
     return found
 
   def remarks(self):

@@ -17,7 +17,8 @@ class Metric(NamedTuple):
     decimals: at least so many.
     description: of what is measured, for the reader of a report.
     title: over a panel of a figure; "" for none.
-    needs: what there has to be: "features", "labels" (a classifier, and labels to draw by), "teacher" (or another
+    needs: what there has to be: "features", "labels" (a classifier, and labels to draw by), "conditions" (which are
+      each record's own, a text's say, and records that differ), "teacher" (or another
       model's samples of the same noises), "pixels" (few enough for a covariance), "clock" or "training".
   """
 
@@ -59,6 +60,10 @@ METRICS = {
         ("teacher",)),
     "seconds_per_step": Metric("s / step", FASTER, 2, "seconds a training step", needs=("training",)),
     "seconds_per_1000": Metric("s / 1000", FASTER, 2, "seconds for 1000 samples", needs=("clock",)),
+    "agreement": Metric(
+        "agreement", HIGHER, 3,
+        "share of samples of which the held-out record that they were drawn by is among the 5 nearest, by features",
+        "Agreement with the condition", ("features", "conditions")),
 }
 _ARROWS = {LOWER: " ↓", HIGHER: " ↑"}
 _NOTES = {LOWER: "lower is better", HIGHER: "higher is better"}
@@ -115,6 +120,24 @@ def _radii(x, k, block):
 def _share_covered(points, centres, radii, block):
   covered = [(d2 <= radii + slack).any(1) for _, d2, slack in _blocks(points, centres, block)]
   return float(np.concatenate(covered).mean())
+
+
+def agreeing(points, records, own, k, *, block=512):
+  """How many points lie so near to their own record that fewer than k others are nearer (R-precision's kin).
+
+  Args:
+    points: [n, D] features of samples.
+    records: [m, D], of real ones.
+    own: [n] rows of `records`; those beyond m agree with none.
+    k: see above. By chance k of m points agree.
+    block: points that are looked at together.
+  """
+  points, records = _feature_sets(points, records, least=1)
+  found, known = 0, own < len(records)
+  for rows, d2, slack in _blocks(points, records, block):
+    mine = np.take_along_axis(d2, np.where(known, own, 0)[rows, None], 1)
+    found += int(np.sum(((d2 < mine - slack).sum(1) < k) & known[rows]))
+  return found
 
 
 def precision_recall(real, generated, k=3, *, block=512):

@@ -122,6 +122,14 @@ def test_endpoint_error_of_unrelated_samples_is_one():
   np.testing.assert_allclose(metrics.endpoint_error(draw(), draw(), labels), 1, atol=0.03)
 
 
+def test_points_agree_with_their_record_where_few_others_are_nearer():
+  records = np.array([[0.0], [1.0], [2.0], [3.0], [3.0]])
+  points, own = np.array([[0.1], [0.1], [2.9], [2.9], [0.0]]), np.array([0, 1, 3, 2, 9])
+  # Others nearer than their own: 0, 1, 0 (its twin is as near), 2; the last one's own is not there.
+  assert [metrics.agreeing(points, records, own, k) for k in (1, 2, 3)] == [2, 3, 4]
+  assert metrics.agreeing(points, records, own, 1, block=2) == 2
+
+
 def test_accuracy():
   assert metrics.accuracy([1, 2, 3, 4], [1, 2, 0, 4]) == 0.75
 
@@ -130,7 +138,7 @@ def test_the_table_says_of_every_metric_what_is_better():
   for key, metric in metrics.METRICS.items():
     assert metric.better in (metrics.LOWER, metrics.HIGHER, metrics.TEACHERS, metrics.FASTER)
     assert metric.heading and metric.description and metric.decimals >= 2
-    assert set(metric.needs) <= {"features", "labels", "teacher", "pixels", "clock", "training"}
+    assert set(metric.needs) <= {"features", "labels", "conditions", "teacher", "pixels", "clock", "training"}
     arrows = [arrow in metrics.heading(key) for arrow in "↓↑"]
     assert arrows == [metric.better == better for better in ("lower", "higher")]
   assert metrics.note("accuracy").endswith("; higher is better") and "better" not in metrics.note("diversity")
