@@ -15,7 +15,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # Two workers, each given whole files in the order of tests/conftest.py: the longest first.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder -q --durations=12
 
-.PHONY: demo compare fashion emoji emoji-fetch analytic plan lint quick test test-rehearsal test-plan test-torch durations chaos lock clean help
+.PHONY: demo compare fashion emoji emoji-fetch emoji-rivals analytic plan lint quick test test-rehearsal test-plan test-torch durations chaos lock clean help
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -93,6 +93,12 @@ emoji: .venv-torch/ready  ## text to image in small: prompts, a FLUX.1-shaped te
 		--config.evaluation.batch_size=100
 	@$(CACHE) $(TORCH) -m piflow_jax.sample --workdir=$(EMOJI)/student --teacher-steps=32 --num=8 \
 		--out=$(EMOJI)/prompts.png --prompt="a green apple" --prompt="sad cat" --prompt="red heart" --prompt="blue car"
+
+emoji-rivals: .venv-torch/ready  ## after emoji: parallel decoding and a DX policy of the same teacher, and their figures
+	@for role in parallel dx; do \
+		$(CACHE) $(TORCH) -m piflow_jax.main --config=configs/emoji.py:$$role --workdir=$(EMOJI)/$$role $(ARGS) && \
+		$(CACHE) $(TORCH) -m piflow_jax.evaluate --workdir=$(EMOJI)/$$role --config.evaluation.samples=100 \
+			--config.evaluation.batch_size=100 || exit; done
 
 analytic: .venv/ready  ## students against an exactly known flow, by their size and training
 	@$(CACHE) $(PY) -m piflow_jax.evaluation.analytic --config=configs/gaussians.py --workdir=runs/gaussians $(ARGS)
