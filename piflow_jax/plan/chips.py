@@ -40,10 +40,11 @@ _CUBE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x
 def slice_name(name):
   """(generation, shape) of "v5e:4x4", or of "v5e-16"; (card, number) of "h100-8". Raises errors.UserError."""
   kind, colon, shape = name.partition(":")
-  if (card := name.partition("-"))[0] in CHIPS and not CHIPS[card[0]].clock:
-    if card[2] not in ("1", "2", "4", "8"):
-      raise errors.UserError(f"--topology: {name!r}: plan 1, 2, 4 or 8 cards of one host, as in {card[0]}-8")
-    return card[0], card[2]
+  card = re.split("[-:]", name)[0]
+  if card in CHIPS and not CHIPS[card].clock:
+    if name not in [f"{card}-{number}" for number in (1, 2, 4, 8)]:
+      raise errors.UserError(f"--topology: {name!r}: plan 1, 2, 4 or 8 cards of one host, as in {card}-8")
+    return card, name.removeprefix(f"{card}-")
   if not colon:
     kind, _, count = name.partition("-")
     kind = {"v5litepod": "v5e"}.get(kind, kind)

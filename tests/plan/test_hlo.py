@@ -115,8 +115,15 @@ def test_slices_by_shape_or_size(name, found):
 
 
 @pytest.mark.parametrize("name", [
-    "v5e", "v5e-17", "h100-8", "v7:2x2", "", "v5e:4x4x4", "v5e:3x3", "v5e:abc", "v5p:4x4", "v5p:0x2x2", "v5p-9",
+    "v5e", "v5e-17", "b200-8", "v7:2x2", "", "v5e:4x4x4", "v5e:3x3", "v5e:abc", "v5p:4x4", "v5p:0x2x2", "v5p-9",
     "v4-8"])
 def test_slices_that_there_are_not(name):
   with pytest.raises(errors.UserError, match="--topology: .* is no slice known here"):
     chips.slice_name(name)
+
+
+def test_cards_are_counted():
+  assert chips.slice_name("h100-8") == ("h100", "8") and chips.slice_name("a100-1") == ("a100", "1")
+  for name in ("h100", "h100-3", "h100-16", "h100:8", "h200:2x4", "a100-"):
+    with pytest.raises(errors.UserError, match="--topology: .* 1, 2, 4 or 8 cards of one host"):
+      chips.slice_name(name)
