@@ -129,7 +129,7 @@ test: .venv/ready  ## all tests but those of test-plan and test-torch; several p
 test-rehearsal: .venv/ready  ## ImageNet's whole path in small: tars, cache, teacher, student, FID, a kill in each
 	@$(PY) -m pytest -n 0 -q -m rehearsal tests/test_rehearsal.py
 
-test-plan: .libtpu/ready .libcuda/ready  ## the tests that need the compilers for TPUs and GPUs (0.9 GB)
+test-plan: .libtpu/ready .libcuda/ready  ## the tests that need the compilers for TPUs and GPUs (1.2 GB)
 	@$(PY) -m pytest $(PARALLEL) -m libtpu tests/plan
 
 test-torch: .venv-torch/ready  ## the tests against PyTorch, in an environment of their own

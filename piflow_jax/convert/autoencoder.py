@@ -88,22 +88,32 @@ def settings_of(config):
         quant_conv=config.get("use_quant_conv", True), post_quant_conv=config.get("use_post_quant_conv", True),
         mid_attention=config.get("mid_block_add_attention", True))
     autoencoder.Autoencoder(**settings)
-    scales = dict(scaling_factor=config.get("scaling_factor", 0.18215), shift_factor=config.get("shift_factor") or 0.0)
-    config_lib.number("scaling_factor", scales["scaling_factor"], above=0)
-    config_lib.number("shift_factor", scales["shift_factor"])
+    scales = scales_of(config, 0.18215)
   except (ValueError, OverflowError) as e:
     field, colon, why = str(e)[:300].partition(":")
     raise errors.UserError(f"--source: config.json: {_FIELDS.get(field, field)}{colon}{why}") from e
   return settings, scales
 
 
-def _check_kind(config, channels, levels):
-  for field, want in (
-      ("_class_name", "AutoencoderKL"), ("out_channels", channels), ("act_fn", "silu"),
-      ("down_block_types", ["DownEncoderBlock2D"] * levels), ("up_block_types", ["UpDecoderBlock2D"] * levels)):
+def scales_of(config, factor):
+  """Arguments of `to_latents` by one number each, `factor` where none is said. Raises ValueError: it is no number."""
+  scales = dict(scaling_factor=config.get("scaling_factor", factor), shift_factor=config.get("shift_factor") or 0.0)
+  config_lib.number("scaling_factor", scales["scaling_factor"], above=0)
+  config_lib.number("shift_factor", scales["shift_factor"])
+  return scales
+
+
+def check_built(config, **wanted):
+  """Raises ValueError: a field of config.json that has another value than the one that is built here."""
+  for field, want in wanted.items():
     found = config.get(field, want)
     if (list(found) if isinstance(found, tuple) else found) != want:
       raise ValueError(f"{field} is {found}; only {want} is built here")
+
+
+def _check_kind(config, channels, levels):
+  check_built(config, _class_name="AutoencoderKL", out_channels=channels, act_fn="silu",
+              down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
   # Statistics of each channel: latents scaled by one number alone would be wrong, and no shape shows that.
   for field in ("latents_mean", "latents_std"):
     if config.get(field) is not None:

@@ -1,6 +1,5 @@
 """Tiny autoencoders from diffusers' AutoencoderTiny: its layers are numbered in one row."""
 
-from piflow_jax import config as config_lib
 from piflow_jax import errors
 from piflow_jax.convert import autoencoder as names
 from piflow_jax.convert import table
@@ -8,7 +7,6 @@ from piflow_jax.convert.table import Row
 from piflow_jax.models import tiny_autoencoder
 
 _SAYS = "diffusers' AutoencoderTiny"
-KIND = tiny_autoencoder.KIND
 
 
 def recognised(keys):
@@ -53,10 +51,8 @@ def settings_of(config):
     errors.UserError: values that are none, or what is not built here.
   """
   try:
-    for field, want in (("act_fn", "relu"), ("upsampling_scaling_factor", 2), ("latent_magnitude", 3),
-                        ("upsample_fn", "nearest"), ("out_channels", config.get("in_channels", 3))):
-      if (found := config.get(field, want)) != want:
-        raise ValueError(f"{field} is {found}; only {want} is built here")
+    names.check_built(config, act_fn="relu", upsampling_scaling_factor=2, latent_magnitude=3, upsample_fn="nearest",
+                      out_channels=config.get("in_channels", 3))
     widths = tuple(config.get("encoder_block_out_channels", (64,) * 4))
     if tuple(config.get("decoder_block_out_channels", widths)) != widths:
       raise ValueError("decoder_block_out_channels: differ from the encoder's; not built here")
@@ -64,9 +60,7 @@ def settings_of(config):
                     widths=widths, encoder_blocks=tuple(config.get("num_encoder_blocks", (1, 3, 3, 3))),
                     decoder_blocks=tuple(config.get("num_decoder_blocks", (3, 3, 3, 1))))
     tiny_autoencoder.TinyAutoencoder(**settings)
-    scales = dict(scaling_factor=config.get("scaling_factor", 1.0), shift_factor=config.get("shift_factor") or 0.0)
-    config_lib.number("scaling_factor", scales["scaling_factor"], above=0)
-    config_lib.number("shift_factor", scales["shift_factor"])
+    scales = names.scales_of(config, 1.0)
   except (ValueError, OverflowError, TypeError) as e:
     raise errors.UserError(f"--source: config.json: {str(e)[:300]}") from e
   return settings, scales
@@ -81,4 +75,5 @@ def read_plan(source):
   settings, scales = names.checked_settings(source, settings_of)
   net = tiny_autoencoder.TinyAutoencoder(**settings)
   entries, leaves = names.checked_entries(source, net, rows(settings), _SAYS)
-  return entries, leaves, {"kind": KIND, "settings": settings, "scales": scales, "config": source.config}
+  about = {"kind": tiny_autoencoder.KIND, "settings": settings, "scales": scales, "config": source.config}
+  return entries, leaves, about

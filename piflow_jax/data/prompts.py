@@ -285,7 +285,7 @@ def _job(values):
     raise errors.UserError("--autoencoder: encodes pictures, and none are taken; give --size")
   if released:
     with errors.flag("prompts"):
-      encoder = release_cache.encoder(source, values.tokens, values.negative)
+      encoder = release_cache.encoder(source, [prompt.text for prompt in prompts], values.tokens, values.negative)
   else:
     with errors.flag("encoder"):
       encoder = text_encoders.open_encoder(values.encoder, values.tokens, values.device)

@@ -108,18 +108,19 @@ def names(folder):
   return found
 
 
-def encoder(folder, tokens, negative):
+def encoder(folder, paths, tokens, negative):
   """A text_encoders.Encoder whose prompts are files, and which tells each one's own words.
 
   Args:
-    folder: of `names`.
+    folder: whose cache it is.
+    paths: its files, of `names`.
     tokens: the longest text, where they come without padding.
     negative: file of the negative prompt; "" is a text of zeros, which is for students without guidance.
   Raises:
     ValueError: "prompts: ...": the first file is none of theirs.
     errors.UserError: texts without padding come without a negative prompt; or, of `encode`, a file is none of theirs.
   """
-  _, first, padded = read(names(folder)[0])
+  _, first, padded = read(paths[0])
   width, pooled = first["text"].shape[1], len(first.get("pooled", ()))
   most = len(first["text"]) if padded else tokens
   if not padded and not negative:

@@ -9,7 +9,7 @@ one table. XLA's compiler for TPUs reports the memory; FLOPs are counted in the 
 largest of: FLOPs at the chip's peak, the compiler's own estimate of its cycles (it has none for Pallas kernels, so the
 table counts their calls), bytes sent over the links. That time is the best to hope for, not a measurement. Of GPUs
 (h100, h200, a100; 1, 2, 4 or 8 in a host) no cycles are known, and memory is without the workspace of cuDNN's kernels.
-Needs libtpu or JAX's plugin for CUDA (make plan brings what it needs), some minutes and 3 to 8 GB.
+Needs libtpu or JAX's plugin for CUDA (make plan brings what it needs), some minutes and 3 to 7 GB.
 Exit status: 0 everything fits; 1 something does not; 2 bad input.
 """
 

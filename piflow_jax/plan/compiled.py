@@ -133,13 +133,13 @@ def _times(compiled, chip, found, steps):
     seconds["compiler"] = hlo.cycles(runs) / chip.clock
   step = max(seconds.values())
   waste = sorted(hlo.padded(runs), key=lambda b: b.bytes - b.padded)  # most first
+  known = dict(seconds=seconds | {"step": step}, kernels=hlo.kernels(runs),
+               collectives={kind: dict(count=count, bytes=size) for kind, (count, size) in sent.items()},
+               padded=[dict(array=b.text, bytes=b.bytes, padded=b.padded) for b in waste])
+  if not chip.clock:  # by peak FLOPs and links alone, MFU and hours would be promises
+    return known
   recipe = dict(hours=steps * step / 3600, chip_hours=steps * step / 3600 * found["chips"]) if steps else {}
-  more = dict(mfu=found["model_flops"] / (flops_a_second * step), **recipe)
-  return dict(seconds=seconds | {"step": step}, kernels=hlo.kernels(runs),
-              collectives={kind: dict(count=count, bytes=size) for kind, (count, size) in sent.items()},
-              padded=[dict(array=b.text, bytes=b.bytes, padded=b.padded) for b in waste],
-              # Of a card nobody counts cycles: by peak FLOPs and links alone, MFU and hours would be promises.
-              **(more if chip.clock else {}))
+  return known | dict(mfu=found["model_flops"] / (flops_a_second * step), **recipe)
 
 
 def _flops(config, mesh, arguments, sampler):

@@ -26,9 +26,9 @@ def _of(jaxpr):
 
 
 def _equation(e):
-  if e.primitive.name == "dot_general" and layers.PERMUTATION in str(e.source_info.name_stack):
-    return 0
   if e.primitive.name == "dot_general":
+    if layers.PERMUTATION in str(e.source_info.name_stack):
+      return 0
     (contracted, _), _ = e.params["dimension_numbers"]
     return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(e.invars[0].aval.shape[axis] for axis in contracted)
   if e.primitive.name == "conv_general_dilated":

@@ -120,7 +120,7 @@ print(len(products) > 20, sum("xor" in ops for ops in fusions) > 0, sum("xor" in
 
 @pytest.mark.slow
 def test_no_product_draws_an_adapters_mask_anew():
-  # Drawn in the products, 32 bits a number cost more than they, and FLUX.1's step was half an hour of the compiler's.
+  # With masks drawn in the products the compiler had not finished FLUX.1's step after 28 minutes.
   status, out, err = _start("-c", _ADAPTERS)
   assert status == 0, err
   assert out.split() == ["True", "True", "0"]
