@@ -5,9 +5,10 @@
   python -m piflow_jax.main --config=configs/flux.py:gm-4nfe-free --workdir=DIR --config.data.path=CACHE \\
       --config.teacher.checkpoint=T
 
-The argument is RECIPE or RECIPE,HEIGHTxWIDTH in pixels (1024x1024); recipes are in configs/text_to_image.py. Recipes
-that do not end in "free" want latents in the cache (--size, --autoencoder of piflow_jax.data.prompts). None of them has
-been run at this size; docs/text_to_image.md has plans: memory and hours on TPU slices and on eight H100s.
+The argument is RECIPE or RECIPE,HEIGHTxWIDTH in pixels (1024x1024), or several sizes with commas between, each batch
+of one of them; recipes are in configs/text_to_image.py. Those that do not end in "free" want latents in the cache
+(--size, --autoencoder of piflow_jax.data.prompts). None of them has been run at this size; docs/text_to_image.md has
+plans: memory and hours on TPU slices and on eight H100s.
 """
 
 from configs import text_to_image
@@ -21,10 +22,10 @@ TARGETS = ("double_blocks/(image|text)/(mlp_in|mlp_out)", "single_blocks/(mlp_in
 
 def get_config(argument="gm-4nfe"):
   """The config of a recipe, or of the teacher that weights are converted for."""
-  name, (height, width) = text_to_image.parsed(argument, "configs/flux.py")
+  name, shapes = text_to_image.parsed(argument, "configs/flux.py")
   c = text_to_image.base(name)
   # T5's 512 tokens with their padding, which FLUX.1 attends to, and CLIP's pooled vector.
-  c.data = texts.config(shape=(height // 8, width // 8, 16), tokens=512, width=4096, pooled=768, padded=True,
+  c.data = texts.config(shape=shapes[0], sizes=shapes[1:] and shapes, tokens=512, width=4096, pooled=768, padded=True,
                         encoder="flux:FLUX.1-dev")
   c.network = flux.config(half_times=True)
   if name == "teacher":

@@ -63,11 +63,12 @@ def student(c, name, *, targets, num_states, num_decay_steps):
 
 
 def parsed(argument, file):
-  """(recipe or "teacher", (height, width) in pixels) of "RECIPE" or "RECIPE,HEIGHTxWIDTH". Raises ValueError."""
-  name, _, size = argument.partition(",")
-  sides = (size or "1024x1024").split("x")
-  good = len(sides) == 2 and all(side.isdecimal() and int(side) and int(side) % 16 == 0 for side in sides)
+  """(recipe or "teacher", shapes of latents) of "RECIPE" or "RECIPE,HEIGHTxWIDTH,..." in pixels. Raises ValueError."""
+  name, *sizes = argument.split(",")
+  sides = [size.split("x") for size in sizes or ["1024x1024"]]
+  good = all(len(pair) == 2 and all(side.isdecimal() and int(side) and int(side) % 16 == 0 for side in pair)
+             for pair in sides)
   if name not in (*RECIPES, "teacher") or not good:
     raise ValueError(f"{file}:{argument}: choose RECIPE or RECIPE,HEIGHTxWIDTH in multiples of 16, with a recipe of "
-                     f"teacher, {', '.join(RECIPES)}")
-  return name, tuple(int(side) for side in sides)
+                     f"teacher, {', '.join(RECIPES)}; several sizes with commas between")
+  return name, tuple((int(height) // 8, int(width) // 8, 16) for height, width in sides)

@@ -38,9 +38,13 @@ class Run(NamedTuple):
   rules: tuple  # (path pattern, axes of the mesh), for every tree of the run
 
 
-def run(config, *, planned=False):
-  """The run that a config describes; `planned`: one that only its shapes matter of, whose data need not be there.
+def run(config, *, planned=False, size=None):
+  """The run that a config describes.
 
+  Args:
+    config: of the run.
+    planned: only its shapes matter, and its data need not be there.
+    size: shape of x_0, one of `Data.sizes`; None: config.data's own.
   Raises:
     errors.UserError: fields are wrong or do not fit one another.
   """
@@ -48,6 +52,8 @@ def run(config, *, planned=False):
   data = _made("data", config.data)
   with field("data"):
     spec_lib.check(data)
+  if size is not None:
+    data = data._replace(spec=data.spec._replace(x_0=size), records=data.sizes()[size])
   if planned and data.null is not None:
     data = data._replace(null=lambda: {k: np.zeros(a.shape, np.float32) for k, a in data.spec.cond.items()})
   net = None if config.network is None else _made("network", config.network, data.spec)
@@ -93,6 +99,13 @@ def run(config, *, planned=False):
     rules += ((".*", ()),)
   return Run(data, net, student, method, teacher, shapes,
              student.frozen if student is not None and student.frozen else None, rules)
+
+
+def sized(config, run_):
+  """{shape of x_0: run} of each size that a run's data come in, its own first; what is trained is the same in all."""
+  own = run_.data.spec.x_0
+  others = [] if run_.data.sizes is None else [size for size in run_.data.sizes() if size != own]
+  return {own: run_} | {size: run(config, size=size) for size in others}
 
 
 def _no_network(*_):

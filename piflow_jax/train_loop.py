@@ -41,8 +41,8 @@ class _Around(NamedTuple):
   run: build.Run
   jitted: train_step.Jitted
   key: jax.Array  # of the run: every draw is of (key, step, sample)
-  held_out: Any  # records that losses are measured on, or None
-  stored: spec_lib.Spec  # of the records
+  held_out: Any  # (records, spec) that losses are measured on, of each size; or None
+  by_size: dict  # {shape of x_0 as it is stored: train_step.Jitted}
   distance: Any  # of `evaluation.during.watcher`, or None
   best: set  # step of the checkpoint with the least distance, as far as one is known
 
@@ -62,12 +62,11 @@ def train(config, workdir):
   run = build.run(config)
   config.data.update(run.data.found)  # with the names of classes, say, a workdir can be drawn from where no data are
   train_step.check_batch(config, mesh)
-  with build.field("data"):
-    stored = spec_lib.stored(run.data)
-  records = spec_lib.checked_records(stored, "train")
-  held_out = spec_lib.checked_records(stored, "held_out") if config.eval_every else None
-  around = _Around(config, workdir, mesh, run, train_step.compile(config, mesh, run, stored.draw),
-                   jax.random.key(config.seed), held_out, stored.spec,
+  sized = _sized(config, mesh, run)
+  sources = _sources(sized, "train")
+  around = _Around(config, workdir, mesh, run, sized[0][1], jax.random.key(config.seed),
+                   _sources(sized, "held_out") if config.eval_every else None,
+                   {stored.spec.x_0: jitted for stored, jitted in sized},
                    during.watcher(config, run, mesh) if config.evaluation.every else None,
                    during.best_steps(workdir))
   teacher_params = _load_teacher(around)  # before anything is written: what is wrong with it leaves no trace
@@ -78,8 +77,8 @@ def train(config, workdir):
       start, state, teacher_params, position = _begin(around, manager, teacher_params, began)
       if start >= config.steps:
         return 0
-      batches = loader.batches(
-          records, stored.spec, batch_size=config.batch_size, seed=config.seed, start=position["batches"],
+      batches = loader.mixed(
+          sources, batch_size=config.batch_size, seed=config.seed, start=position["batches"],
           rows=sharding.rows(mesh, config.batch_size))
       try:
         return _session(around, manager, batches, state, teacher_params, start, position)
@@ -89,6 +88,27 @@ def train(config, workdir):
         if last is not None:
           kept = f"the last good checkpoint of {workdir} is kept (step {last})"
         raise errors.NotFinite(f"{e}; {kept}; lower config.optimizer.learning_rate, or look at the data") from e
+
+
+def _sized(config, mesh, run):
+  """(spec.Stored, train_step.Jitted) of each size of x_0 in the data, config.data's own first."""
+  found = []
+  for one in build.sized(config, run).values():
+    with build.field("data"):
+      stored = spec_lib.stored(one.data)
+    found.append((stored, train_step.compile(config, mesh, one, stored.draw)))
+  return found
+
+
+def _sources(sized, split):
+  """(records, spec) of each size that the split has records of; what is wrong with the first few ends the run here."""
+  own, *others = [stored for stored, _ in sized]
+  there = [own, *(stored for stored in others if len(stored.records(split)))]
+  found = [(spec_lib.checked_records(stored, split), stored.spec) for stored in there]
+  if len(found) > 1 and split == "train":
+    counts = ", ".join(f"{' x '.join(map(str, spec.x_0))}: {len(records):,}" for records, spec in found)
+    _say(f"records by size: {counts}; the step is compiled at each size's first batch")
+  return found
 
 
 def _load_teacher(around):
@@ -132,7 +152,7 @@ def _session(around, manager, batches, state, teacher_params, start, position):
   log = run_log.RunLog(workdir, start) if jax.process_index() == 0 else None
 
   def step(state, batch):
-    return jitted.step(state, teacher_params, batch, around.key)
+    return around.by_size[batch["x_0"].shape[1:]].step(state, teacher_params, batch, around.key)
 
   def save(state, done):
     checkpoint.save(manager, done, state, {"batches": done, "seconds": seconds()} | goodput.saved())
@@ -275,14 +295,13 @@ def _watch(around, teacher_params, log, state, done):
 def _held_out_loss(around, teacher_params, state):
   # The same batches and keys each time, so that the curve shows the student and not the draw.
   config, n = around.config, around.config.batch_size
-  batches = loader.batches(
-      around.held_out, around.stored, batch_size=n, seed=config.seed,
-      rows=sharding.rows(around.mesh, n))
+  batches = loader.mixed(around.held_out, batch_size=n, seed=config.seed, rows=sharding.rows(around.mesh, n))
   losses = []
   for i in range(config.eval_batches):
     batch = sharding.place_batch(next(batches), around.mesh, n)
     key = jax.random.fold_in(around.key, _EVAL + i)
-    losses.append(around.jitted.evaluate(state.ema, teacher_params, batch, key)["loss"])
+    jitted = around.by_size[batch["x_0"].shape[1:]]
+    losses.append(jitted.evaluate(state.ema, teacher_params, batch, key)["loss"])
   return float(np.mean(jax.device_get(losses)))
 
 

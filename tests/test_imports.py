@@ -33,7 +33,8 @@ ALLOWED = {
     "distill": {"config", "flow", "params", "policy.rollout", "sampler", "student", "teacher"},
     "data.emoji": {"program"},
     "data.imagenet": {"program", "sharding", "weights", "workdir"},
-    "data.prompts": {"models.autoencoder", "program", "sharding", "weights", "workdir"},
+    "data.prompt_pictures": {"models.autoencoder"},
+    "data.prompts": {"program", "sharding", "weights", "workdir"},
     # what is kept
     "lock": set(),
     "checkpoint": {"checksums"},

@@ -12,6 +12,7 @@ import pytest
 from configs import emoji
 from configs import text_to_image
 from piflow_jax import build
+from piflow_jax import flow
 from piflow_jax import lora
 from piflow_jax import params as params_lib
 from piflow_jax import sampler
@@ -86,6 +87,54 @@ def test_a_recipe_trains_goes_on_where_it_was_and_is_drawn_from(kind, recipe, ru
   convert.to_torch(alone, tmp_path / "out")
   assert (tmp_path / "out" / "piflow_text_to_image.py").exists()
   _check_that_merged_is_the_same(_config(runs, kind, recipe), alone)
+
+
+SIZES = ((4, 6, 20), (6, 8, 10), (6, 4, 1))
+
+
+@pytest.mark.slow
+def test_sizes_are_trained_in_turns_each_by_its_own_shift(tmp_path):
+  cache = text.cache(tmp_path / "cache", "flux", shape=(4, 6, 4), sizes=SIZES)
+  line = dict(base_tokens=4, max_tokens=12)
+
+  def config(steps):
+    c = text.config("flux", "teacher", cache, eval_every=1, steps=steps)
+    with c.unlocked():
+      c.flow = flow.dynamic_config(**line)
+    return c
+
+  by_size = build.sized(config(4), build.run(config(4)))
+  shifts = {size: run.method.clock.shift for size, run in by_size.items()}
+  assert shifts == {(4, 6, 4): flow.dynamic_shift(6, **line), (6, 8, 4): flow.dynamic_shift(12, **line),
+                    (6, 4, 4): flow.dynamic_shift(6, **line)}
+  # Of 20 records of one size and 10 of another; the third has one record, which is held out.
+  sources = [(run.data.records("train"), run.data.spec) for run in by_size.values() if len(run.data.records("train"))]
+  batches = list(itertools.islice(loader.mixed(sources, batch_size=8, seed=0), 4))
+  ((place, batch),) = [pair for pair in enumerate(batches) if pair[1]["x_0"].shape == (8, 6, 8, 4)]
+  alone, again = tmp_path / "alone", tmp_path / "again"
+  run, c = by_size[6, 8, 4], config(place)
+  assert train_loop.train(config(4), alone) == 0 and train_loop.train(c, again) == 0
+  # That step's loss by hand, from what was trained until then.
+  params = weights_lib.load(again, train_step.compile(c, build.mesh(c), run).state.params, "params", "--workdir")
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(c.seed), place), 8)
+  _, values = jax.jit(run.method.objective)(params, None, batch, keys, jnp.array(place))
+  losses = [line["loss"] for line in tiny.metrics(alone) if "loss" in line]
+  np.testing.assert_allclose(losses[place], values["loss"], rtol=1e-4)
+  assert train_loop.train(config(4), again) == 0
+  assert tiny.metrics(again) == tiny.metrics(alone) and len(tiny.metrics(alone)) == 8  # of each step the held-out loss too
+
+
+@pytest.mark.slow
+def test_a_data_free_student_is_trained_at_every_size_of_its_prompts(runs, tmp_path):
+  cache = text.cache(tmp_path / "cache", "flux", sizes=SIZES)
+  config = text.config("flux", "gm-4nfe-free", cache, teacher__checkpoint=str(runs["flux"][2]))
+  mesh, states = sharding.make_mesh(2, 2, 2), []
+  for size, run in build.sized(config, build.run(config)).items():
+    assert run.data.spec.x_0 == size
+    jitted = train_step.compile(config, mesh, run)
+    states.append(jax.eval_shape(
+        jitted.step, jitted.state, jitted.teacher, _batch(config, run, mesh), jax.random.key(0))[0])
+  assert len(states) == 3 and states[0] == states[1] == states[2]
 
 
 def _check_that_merged_is_the_same(config, workdir):

@@ -58,8 +58,10 @@ def _has(c, dotted):
   return True
 
 
-def cache(folder, kind, count=40, tokens=5, width=24, pooled=16, shape=(), seed=0):
+def cache(folder, kind, count=40, tokens=5, width=24, pooled=16, shape=(), seed=0, sizes=()):
   """Make a cache of random texts, for FLUX.1 padded and with a pooled vector, for Qwen-Image of several lengths."""
+  count = sum(n for _, _, n in sizes) or count
+  shapes = [(rows, columns, *shape[2:]) for rows, columns, n in sizes for _ in range(n)] or [shape] * count
   folder, rng, flux_ = pathlib.Path(folder), np.random.default_rng(seed), kind == "flux"
   folder.mkdir()
 
@@ -67,7 +69,7 @@ def cache(folder, kind, count=40, tokens=5, width=24, pooled=16, shape=(), seed=
     length = tokens if flux_ else 1 + i % tokens
     arrays = {"text": rng.standard_normal((length, width)).astype(prompt_cache.BFLOAT16)}
     arrays |= {"pooled": rng.standard_normal(pooled).astype(prompt_cache.BFLOAT16)} if flux_ else {}
-    arrays |= {"x_0": rng.standard_normal(shape).astype(np.float16)} if shape and i < count else {}
+    arrays |= {"x_0": rng.standard_normal(shapes[i]).astype(np.float16)} if shape and i < count else {}
     return prompt_cache.encode(f"prompt {i}", arrays)
 
   name = "prompts-00000-of-00001.array_record"
@@ -75,7 +77,8 @@ def cache(folder, kind, count=40, tokens=5, width=24, pooled=16, shape=(), seed=
   known = {"name": name, "records": count + 1, "bytes": (folder / name).stat().st_size,
            "crc32": shards.crc32(folder / name)}
   prompt_cache.write_manifest(folder, prompt_cache.Manifest(
-      count, tokens, width, pooled if flux_ else 0, flux_, shape, False, f"{kind}:nowhere", "", {}, (known,)))
+      count, tokens, width, pooled if flux_ else 0, flux_, shape, False, f"{kind}:nowhere", "", {}, (known,),
+      sizes))
   return folder
 
 

@@ -317,7 +317,14 @@ def _check_labels(labels, count, place):
 
 
 def fitted(raw, *, size, channels, crop):
-  """A file's bytes, or a uint8 array, as uint8 [size, size, channels]; raises ValueError and whatever Pillow raises."""
+  """A file's bytes, or a uint8 array, as uint8 [height, width, channels]; raises ValueError and what Pillow raises.
+
+  Args:
+    raw: see above.
+    size: a square's side, or (height, width).
+    channels: 1 or 3.
+    crop: cut the middle out; False: squeeze the whole picture.
+  """
   if isinstance(raw, np.ndarray):
     image = Image.fromarray(raw[..., 0] if raw.ndim == 3 and raw.shape[2] == 1 else raw)
   else:
@@ -335,7 +342,8 @@ def fitted(raw, *, size, channels, crop):
   short = min(image.size)
   if max(image.size) > _LONGEST * short:
     raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are too long a picture")
-  return np.asarray(_resized(image, size, crop)).reshape(size, size, channels)
+  height, width = size if isinstance(size, tuple) else (size, size)
+  return np.asarray(_resized(image, height, width, crop)).reshape(height, width, channels)
 
 
 def adm_crop(raw, size):
@@ -347,17 +355,17 @@ def adm_crop(raw, size):
   image = Image.open(io.BytesIO(raw)).convert("RGB")
   if max(image.size) > _LONGEST * min(image.size):
     raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are too long a picture")
-  return np.asarray(_resized(image, size, crop=True))
+  return np.asarray(_resized(image, size, size, crop=True))
 
 
-def _resized(image, size, crop):
-  while min(image.size) >= 2 * size:
+def _resized(image, height, width, crop):
+  while image.width >= 2 * width and image.height >= 2 * height:
     image = image.resize(tuple(n // 2 for n in image.size), Image.Resampling.BOX)
-  scale = size / min(image.size)
-  across = tuple(round(n * scale) for n in image.size) if crop else (size, size)
+  scale = max(width / image.width, height / image.height)
+  across = tuple(round(n * scale) for n in image.size) if crop else (width, height)
   image = image.resize(across, Image.Resampling.BICUBIC)
-  left, top = ((n - size) // 2 for n in image.size)
-  return image.crop((left, top, left + size, top + size))
+  left, top = (image.width - width) // 2, (image.height - height) // 2
+  return image.crop((left, top, left + width, top + height))
 
 
 def _eight_bits(image):

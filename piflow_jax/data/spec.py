@@ -54,6 +54,9 @@ class Data(NamedTuple):
   found: Mapping[str, Any] = types.MappingProxyType({})
   stored: Callable[[], Stored] | None = None  # what training reads in the place of `records`
   null: Callable[[], dict] | None = None  # () -> one record's cond, without its batch: of guidance's unconditional pass
+  # () -> {shape of x_0: records of that shape}, spec's own shape among them; None: all records have it. `records` and
+  # what is measured are of spec's own. Not with `stored`.
+  sizes: Callable[[], Mapping] | None = None
 
 
 def stored(data):

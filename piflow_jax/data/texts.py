@@ -2,7 +2,8 @@
 
   --config.data.path=DIR    a cache of python -m piflow_jax.data.prompts (docs/text_to_image.md)
 
-Without pictures x_0 is zeros of `shape`: what an objective that is data_free reads. Each 500th record is held out.
+Without pictures x_0 is zeros of `shape`: what an objective that is data_free reads. Each 500th record is held out. Of
+a cache of several sizes all are trained on, in batches of one size each; what is measured is of `shape`.
 """
 
 import functools
@@ -23,7 +24,8 @@ def config(**fields):
   return config_lib.noun(make, dict(
       path="",  # folder of the cache, on a local disk
       held_out="",  # folder of a second one, whose records are held out; "": each 500th of the first
-      shape=(),  # of x_0, a latent or a picture; (): of those in the cache
+      shape=(),  # of x_0, a latent or a picture; (): of those in the cache, the first size's
+      sizes=(),  # shapes of x_0 that are trained on, `shape` among them; (): all of the cache's
       tokens=0,  # of a text: shorter ones are filled up, longer ones cut; 0: the cache's
       width=0,  # of a token; 0: the cache's
       pooled=-1,  # width of the pooled vector, 0 for none; -1: the cache's
@@ -32,7 +34,7 @@ def config(**fields):
   ), fields)
 
 
-def make(*, path, held_out, shape, tokens, width, pooled, padded, encoder):
+def make(*, path, held_out, shape, sizes, tokens, width, pooled, padded, encoder):
   """data.spec.Data; see `config`."""
   shards.check_local(path=path, held_out=held_out)
   config_lib.whole("tokens", tokens, least=0)
@@ -54,14 +56,18 @@ def make(*, path, held_out, shape, tokens, width, pooled, padded, encoder):
     padded = manifest.padded
     found = dict(shape=shape, tokens=tokens, width=width, pooled=pooled, padded=padded, encoder=encoder)
   shape = spec.checked_shape(shape)
+  sizes = _checked_sizes(sizes, shape)
   cond = {"text": spec.Array((tokens, width), "bfloat16")}
   cond |= {} if padded else {"mask": spec.Array((tokens,), "int32")}
   cond |= {"pooled": spec.Array((pooled,), "float32")} if pooled else {}
-  opened = functools.cache(functools.partial(
-      _open, shape=shape, tokens=tokens, width=width, pooled=pooled, padded=padded))
+  opened = functools.cache(functools.partial(_open, tokens=tokens, width=width, pooled=pooled, padded=padded))
 
-  def records(split):
-    return Records(*_part(opened, path, held_out, split), shape, tokens)
+  def records(split, shape=shape):
+    return Records(*_part(opened, path, held_out, split, shape), shape, tokens)
+
+  def all_sizes():
+    chosen = sizes or prompt_cache.shapes(_opened(opened, path, "path")[0], shape)
+    return {size: functools.partial(records, shape=size) for size in chosen}
 
   def null():
     manifest, data = _opened(opened, path, "path")
@@ -69,15 +75,26 @@ def make(*, path, held_out, shape, tokens, width, pooled, padded, encoder):
 
   # Pictures lie in [-1, 1]; latents and the zeros in their place need not say so.
   bounds = (-1.0, 1.0) if shape[-1] in (1, 3) else (-1e4, 1e4)
-  return spec.Data(spec.Spec(shape, cond, bounds=bounds), records, found=found, null=null)
+  return spec.Data(spec.Spec(shape, cond, bounds=bounds), records, found=found, null=null, sizes=all_sizes)
 
 
-def _open(path, *, shape, tokens, width, pooled, padded):
+def _checked_sizes(sizes, shape):
+  if not isinstance(sizes, (tuple, list)):
+    raise ValueError(f"sizes: {sizes!r}; give shapes of x_0, as in ((128, 128, 16), (96, 168, 16))")
+  try:
+    sizes = tuple(spec.checked_shape(size) for size in sizes)
+  except ValueError as e:
+    raise ValueError(f"sizes: {e}") from e
+  if sizes and (shape not in sizes or len(set(sizes)) < len(sizes) or {size[2:] for size in sizes} != {shape[2:]}):
+    raise ValueError(f"sizes: {sizes}; give shapes like data.shape, {shape}, each once and that one among them")
+  return sizes
+
+
+def _open(path, *, tokens, width, pooled, padded):
   """(Manifest, bytes of its records) of a cache that fits."""
   manifest = prompt_cache.read_manifest(path)
   for name, there, here in (("width", manifest.width, width), ("pooled", manifest.pooled, pooled),
-                            ("padded", manifest.padded, padded),
-                            ("shape", tuple(manifest.shape) or shape, shape)):
+                            ("padded", manifest.padded, padded)):
     if there != here:
       raise ValueError(f"{name}: {path} has {there}, this run {here}; give its own cache")
   if padded and manifest.tokens != tokens:
@@ -93,13 +110,15 @@ def _opened(opened, path, name):
     raise errors.UserError(f"config.data.{str(e) if name == 'path' else f'{name}: {e}'}") from e
 
 
-def _part(opened, path, held_out, split):
-  """(Manifest, bytes of records, numbers of the split's); raises errors.UserError."""
-  if held_out and split == "held_out":
-    manifest, data = _opened(opened, held_out, "held_out")
-    return manifest, data, np.arange(manifest.count)
-  manifest, data = _opened(opened, path, "path")
-  return manifest, data, np.arange(manifest.count) if held_out else shards.split_numbers(manifest.count, split)
+def _part(opened, path, held_out, split, shape):
+  """(Manifest, bytes of records, numbers of the split's that have this shape); raises errors.UserError."""
+  apart = bool(held_out) and split == "held_out"
+  manifest, data = _opened(opened, *((held_out, "held_out") if apart else (path, "path")))
+  try:
+    numbers = prompt_cache.numbers_of(manifest, shape)
+  except ValueError as e:
+    raise errors.UserError(f"config.data.{f'held_out: {held_out}: ' if apart else ''}{e}") from e
+  return manifest, data, numbers if held_out else numbers[shards.split_numbers(len(numbers), split)]
 
 
 def _cond(arrays, manifest, tokens):
@@ -111,7 +130,8 @@ class Records:
   """Random access to {"x_0", "cond"} of some of a cache's records."""
 
   def __init__(self, manifest, data, numbers, shape, tokens):
-    self._manifest, self._data, self._numbers, self._shape, self._tokens = manifest, data, numbers, shape, tokens
+    self._manifest = prompt_cache.of_shape(manifest, shape)
+    self._data, self._numbers, self._shape, self._tokens = data, numbers, shape, tokens
 
   def __len__(self):
     return len(self._numbers)

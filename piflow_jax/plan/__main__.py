@@ -4,11 +4,12 @@
   python -m piflow_jax.plan --config=configs/imagenet_dit.py:XL,repa-1nfe --topology=v5p:4x4x4,v6e-256 --json=plan.json
   python -m piflow_jax.plan --config=configs/flux.py:gm-4nfe --config.microbatches=8 --topology=h100-8
 
-A slice is a generation (v5e, v5p, v6e) and its shape, or its size; --slices=2 joins two of them. Several slices make
-one table. XLA's compiler for TPUs reports the memory; FLOPs are counted in the traced step; the time of a step is the
-largest of: FLOPs at the chip's peak, the compiler's own estimate of its cycles (it has none for Pallas kernels, so the
-table counts their calls), bytes sent over the links. That time is the best to hope for, not a measurement. Of GPUs
-(h100, h200, a100; 1, 2, 4 or 8 in a host) no cycles are known, and memory is without the workspace of cuDNN's kernels.
+A slice is a generation (v5e, v5p, v6e) and its shape, or its size; --slices=2 joins two of them. Several slices
+make one table; of several sizes of x_0 (config.data.sizes) each is a column. XLA's compiler for TPUs reports the
+memory; FLOPs are counted in the traced step; the time of a step is the largest of: FLOPs at the chip's peak, the
+compiler's own estimate of its cycles (it has none for Pallas kernels, so the table counts their calls), bytes sent over
+the links. That time is the best to hope for, not a measurement. Of GPUs (h100, h200, a100; 1, 2, 4 or 8 in a host) no
+cycles are known, and memory is without the workspace of cuDNN's kernels.
 Needs libtpu or JAX's plugin for CUDA (make plan brings what it needs), some minutes and 3 to 7 GB.
 Exit status: 0 everything fits; 1 something does not; 2 bad input.
 """
@@ -53,7 +54,8 @@ def _main(given):
   for topology in values.topology:
     began = time.monotonic()
     print(f"{topology}: compiling, a minute or two", file=sys.stderr, flush=True)
-    plans.append(compiled.plan(given.config, topology, slices=values.slices, sampler=values.sampler))
+    for size in (given.config.data or {}).get("sizes") or (None,):
+      plans.append(compiled.plan(given.config, topology, slices=values.slices, sampler=values.sampler, size=size))
     print(f"{topology}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
   print(table(plans))
   if values.json:
@@ -68,6 +70,7 @@ def table(plans):
   """Plans side by side, as text."""
   rows = [("", [p["topology"] for p in plans]),
           ("chips", [str(p["chips"]) for p in plans]),
+          ("x_0", [" x ".join(map(str, p["x_0"])) if len({p["x_0"] for p in plans}) > 1 else "" for p in plans]),
           ("mesh", [" x ".join(f"{axis} {n}" for axis, n in p["mesh"].items() if n > 1) or "1" for p in plans]),
           ("samples a step", [f"{p['samples']:,}" for p in plans])]
   for kind in dict.fromkeys(kind for p in plans for kind in p["memory"]):

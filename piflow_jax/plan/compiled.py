@@ -49,9 +49,14 @@ def devices_of(topology, slices):
   return chips.CHIPS[kind], found, f"{kind}:{shape}" + (f" x {slices}" if slices > 1 else "")
 
 
-def plan(config, topology, *, slices=1, sampler=False):
+def plan(config, topology, *, slices=1, sampler=False, size=None):
   """What a config's training step, or with `sampler` a call of its sampler, would take up and cost on a slice.
 
+  Args:
+    config: of a run.
+    topology, slices: of `devices_of`.
+    sampler: see above.
+    size: shape of x_0, where the data come in several; None: config.data's own.
   Returns:
     A dict of plain values: bytes on one device, FLOPs of a step over all devices, seconds of a step.
   Raises:
@@ -59,13 +64,13 @@ def plan(config, topology, *, slices=1, sampler=False):
   """
   chip, devices, name = devices_of(topology, slices)
   with contextlib.nullcontext() if chip.clock else gpus.cudnn():
-    return _plan(config, chip, devices, name, sampler)
+    return _plan(config, chip, devices, name, sampler, size)
 
 
-def _plan(config, chip, devices, name, sampler):
+def _plan(config, chip, devices, name, sampler, size):
   mesh = build.mesh(config, devices)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # its devices, not this machine's, decide what can run
-    run = build.run(config, planned=True)
+    run = build.run(config, planned=True, size=size)
     if not sampler:
       train_step.check_batch(config, mesh)
     jitted = train_step.compile(config, mesh, run)
@@ -86,8 +91,8 @@ def _plan(config, chip, devices, name, sampler):
     arguments = state, jitted.teacher, batch, _key()
     trees = dict(parameters=state.params, ema=state.ema, optimizer=state.opt_state, teacher=jitted.teacher, batch=batch)
   memory = {kind: _bytes(tree) for kind, tree in trees.items() if tree is not None or kind != "frozen"}
-  counted = _flops(config, mesh, arguments, sampler)
-  found = dict(topology=name, chips=len(devices), mesh=dict(mesh.shape), samples=n, memory=memory,
+  counted = _flops(config, mesh, arguments, sampler, size)
+  found = dict(topology=name, x_0=spec.x_0, chips=len(devices), mesh=dict(mesh.shape), samples=n, memory=memory,
                model_flops=counted[0], flops=counted[1])
   try:
     lowered = (jitted.draw if sampler else jitted.step).lower(*arguments)
@@ -142,7 +147,7 @@ def _times(compiled, chip, found, steps):
   return known | dict(mfu=found["model_flops"] / (flops_a_second * step), **recipe)
 
 
-def _flops(config, mesh, arguments, sampler):
+def _flops(config, mesh, arguments, sampler, size):
   """(FLOPs of the model, FLOPs of the step with all that the backward pass recomputes)."""
   def count(**network):
     c = config.copy_and_resolve_references()
@@ -150,7 +155,7 @@ def _flops(config, mesh, arguments, sampler):
     wanted = {k: v for k, v in dict(network, attention="xla").items() if c.network is not None and k in c.network}
     if wanted:
       c.network.update(wanted)
-    jitted = train_step.compile(c, mesh, build.run(c, planned=True))
+    jitted = train_step.compile(c, mesh, build.run(c, planned=True, size=size))
     return flops.count(jitted.draw if sampler else jitted.step, *arguments)
 
   return count(remat="none"), count()

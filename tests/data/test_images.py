@@ -163,6 +163,18 @@ def test_a_picture_of_the_right_size_is_untouched_and_one_that_is_not_cropped_is
   assert _fitted(halves, crop=True).max() < 10 and _fitted(halves, crop=False)[:, -1].min() > 100
 
 
+def test_a_picture_is_cut_to_any_aspect():
+  pixels = np.zeros((30, 50, 3), np.uint8)
+  pixels[:, :25, 0], pixels[:15, :, 1] = 255, 255  # red is left, green above
+  for height, width in ((6, 12), (12, 6), (10, 9), (40, 100)):
+    got = _fitted(pixels, size=(height, width))
+    assert got.shape == (height, width, 3)
+    assert (got[:, 0, 0] > 250).all() and (got[:, -1, 0] < 5).all() and abs(got[..., 0].mean() - 127.5) < 22
+    assert (got[0, :, 1] > 250).all() and (got[-1, :, 1] < 5).all() and abs(got[..., 1].mean() - 127.5) < 22  # half a cell
+  np.testing.assert_array_equal(_fitted(_pixels(0, 9, 8), size=(9, 8)), _pixels(0, 9, 8))
+  assert _fitted(pixels, size=(6, 12), crop=False).shape == (6, 12, 3)
+
+
 def test_modes_become_what_a_viewer_shows():
   grey = np.full((8, 8), 100, np.uint8)
   assert (_fitted(Image.fromarray(grey)) == 100).all()
