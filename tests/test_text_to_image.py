@@ -121,7 +121,7 @@ def test_sizes_are_trained_in_turns_each_by_its_own_shift(tmp_path):
   losses = [line["loss"] for line in tiny.metrics(alone) if "loss" in line]
   np.testing.assert_allclose(losses[place], values["loss"], rtol=1e-4)
   assert train_loop.train(config(4), again) == 0
-  assert tiny.metrics(again) == tiny.metrics(alone) and len(tiny.metrics(alone)) == 8  # of each step the held-out loss too
+  assert tiny.metrics(again) == tiny.metrics(alone) and len(tiny.metrics(alone)) == 8  # held-out losses too
 
 
 @pytest.mark.slow

@@ -249,17 +249,16 @@ def test_a_step_on_gpus_says_what_is_known_of_them_and_no_more(tmp_path):
 @pytest.mark.slow
 def test_each_size_of_pictures_is_a_column(tmp_path):
   status, out, err = _start(
-      "-m", "piflow_jax.plan", "--config=configs/flux.py:gm-4nfe-free,64x64,32x160", "--config.network.double_depth=1",
+      "-m", "piflow_jax.plan", "--config=configs/flux.py:teacher,64x64,32x160", "--config.network.double_depth=1",
       "--config.network.single_depth=1", "--config.network.heads=2", "--config.network.axes=(8,12,12)",
-      "--config.data.tokens=112", "--config.data.width=32", "--config.data.pooled=16", "--config.lora.rank=4",
-      "--config.policy.components=2", "--config.batch_size=8", "--config.mesh.fsdp=4", "--topology=v5e-4",
-      f"--json={tmp_path / 'plan.json'}")
+      "--config.data.tokens=112", "--config.data.width=32", "--config.data.pooled=16", "--config.batch_size=8",
+      "--config.mesh.fsdp=4", "--topology=v5e-4", f"--json={tmp_path / 'plan.json'}")
   assert status == 0, err
   one, two = json.loads((tmp_path / "plan.json").read_text())
   assert (one["x_0"], two["x_0"]) == ([8, 8, 16], [4, 20, 16])
   # 16 and 20 tokens beside 112 of text.
   assert 1 < two["model_flops"] / one["model_flops"] < 132 / 128 * 1.1
-  assert one["memory"]["teacher"] == two["memory"]["teacher"]
+  assert one["memory"]["parameters"] == two["memory"]["parameters"]
   assert re.search(r"x_0 +8 x 8 x 16 +4 x 20 x 16", out)
 
 
