@@ -8,8 +8,8 @@
 
 The argument is RECIPE or RECIPE,HEIGHTxWIDTH in pixels (1024x1024), or several sizes with commas between, each batch
 of one of them; recipes are in configs/text_to_image.py. Those that do not end in "free" want latents in the cache
-(--size, --autoencoder of piflow_jax.data.prompts). None of them has been run at this size; docs/text_to_image.md has
-plans: memory and hours on TPU slices and on eight H100s.
+(--size, --autoencoder of piflow_jax.data.prompts). None has been run to its end at this size;
+docs/text_to_image.md has plans, memory and hours on TPU slices and on eight H100s, and the time of a step on one card.
 """
 
 from configs import text_to_image
