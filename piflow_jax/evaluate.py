@@ -143,6 +143,8 @@ def _reference(bench, names, tallies, fresh):
     return found
   if "labels" in bench.have:
     found["accuracy on held-out records"] = bench.held_out.correct / bench.held_out.count
+  if {"texts", "conditions"} <= bench.have:
+    found["CLIP score of held-out records"] = bench.held_out.scores / bench.held_out.count
   (best, calls), (last, _) = names[0], names[-1]
   pairs = {"training records to held-out ones": (bench.train, bench.held_out),
            f"fresh samples of the {best} at {calls} calls to held-out records": (fresh, bench.held_out),

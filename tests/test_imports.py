@@ -53,6 +53,7 @@ ALLOWED = {
     "evaluation.inception_features": {
         "config", "convert.inception", "models.inception", "sharding", "weights", "workdir"},
     "evaluation.pictures": {"models.autoencoder", "sharding"},
+    "evaluation.torch_features": {"config", "sharding"},
     "evaluation.references": {"pickles"},
     "evaluation.draws": {"build", "data.spec", "sampler", "sharding"},
     "evaluation.during": {"build", "config", "data.spec", "sharding", "weights"},

@@ -14,11 +14,13 @@ class Features(NamedTuple):
     extract: x_0 [n, *shape], NumPy -> features [n, D], NumPy.
     predict: x_0 [n, *shape], NumPy -> labels [n]; None where nothing is classified.
     name: for the reports.
+    score: (features [n, D], texts) -> [n], how well each picture fits its text; None where texts are not read.
   """
 
   extract: Callable
   predict: Callable | None
   name: str
+  score: Callable | None = None
 
 
 def first_records(data, most, split="train"):

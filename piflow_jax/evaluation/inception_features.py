@@ -35,15 +35,10 @@ def make(data, *, weights, autoencoder, batch_size):
   except errors.UserError as e:
     raise ValueError(str(e)) from e
   size = batch_size * len(mesh.devices.flat)
-  run, draw = extractor(params, size, ("pool",)), pictures.maker(mesh, decoder)
-  split = jax.NamedSharding(mesh, sharding.BATCH)
+  run, drawn = extractor(params, size, ("pool",)), pictures.by_batches(mesh, decoder, size)
 
   def extract(x_0):
-    found = []
-    for start in range(0, len(x_0), size):
-      part = x_0[start:start + size]
-      found.append(np.asarray(draw(jax.device_put(np.resize(part, (size, *part.shape[1:])), split)))[:len(part)])
-    return run(np.concatenate(found))["pool"]
+    return run(np.concatenate([*drawn(x_0)]))["pool"]
 
   return extract_lib.Features(extract, None, f"Inception {digest[:8]}, pool_3")
 

@@ -38,6 +38,7 @@ class Tally:
     features, pixels: Statistics.
     correct: samples that are classified as they are labelled.
     agreeing: samples that lie near the record that they were drawn by, see `metrics.agreeing`.
+    scores: of samples with their texts, summed.
     errors: {label: squared errors}, see `metrics.squared_errors`.
     spread: metrics.Spread.
     shown: {number of a sample: sample} of the first ones.
@@ -47,7 +48,7 @@ class Tally:
   def __init__(self):
     # As many from each process: those that lie on the first few devices alone could be of some classes only.
     parts = jax.process_count()
-    self.count, self.finite, self.correct, self.agreeing, self.seconds = 0, True, 0, 0, None
+    self.count, self.finite, self.correct, self.agreeing, self.scores, self.seconds = 0, True, 0, 0, 0.0, None
     self.features, self.pixels = statistics.Statistics(keep=-(-_MOST_FEATURES // parts)), statistics.Statistics()
     self.errors, self.spread, self.shown = {}, metrics.Spread(), {}
     self._room, self._kept = _MOST_KEPT // parts, []
@@ -83,6 +84,7 @@ class Tally:
     self.count, self.finite = self.count + other.count, self.finite and other.finite
     self.correct += other.correct
     self.agreeing += other.agreeing
+    self.scores += other.scores
     self.features.merge(other.features)
     self.pixels.merge(other.pixels)
     self.spread.merge(other.spread)
@@ -125,6 +127,9 @@ class Bench:
              "labels": bool(self.classes) and self.features is not None and self.features.predict is not None,
              "pixels": math.prod(self._shape) <= _MOST_PIXELS}
     self.have = {need for need, met in known.items() if met}
+    self._text_of = getattr(records, "prompt", None)
+    if self._text_of is not None and self.features is not None and self.features.score is not None:
+      self.have.add("texts")
     self.shown = _number_shown(self._shape, self.classes, self.samples)
     self.held_out, self.train = (self._real(split) for split in ("held_out", "train"))
     # Of a cache of prompts alone all pictures are alike; and of several processes each has kept features of its own.
@@ -171,6 +176,8 @@ class Bench:
     if not tally.finite:
       return
     features = self._take_statistics(tally, samples, labels)
+    if "texts" in self.have:
+      tally.scores += self._scores(features, index % self._records)
     if "conditions" in self.have:
       tally.agreeing += metrics.agreeing(features, self.held_out.features.rows, index % self._records, _AGREEING)
     tally.keep(samples, labels)
@@ -180,6 +187,9 @@ class Bench:
       tally.add_errors(samples, reference, labels)
     if is_reference:
       tally.spread.update(samples, labels)
+
+  def _scores(self, features, records):
+    return float(np.sum(self.features.score(features, [self._text_of(int(i)) for i in records])))
 
   def _take_statistics(self, tally, samples, labels):
     """Takes samples in; returns their features, or None."""
@@ -201,11 +211,14 @@ class Bench:
     count = min(len(records), _MOST_RECORDS)
     for start in range(0, count, self._size):
       block = range(start, min(start + self._size, count))
-      found = [records[i] for i in block[jax.process_index()::jax.process_count()]]
+      mine = block[jax.process_index()::jax.process_count()]
+      found = [records[i] for i in mine]
       tally.count += len(found)
       if found:
         labels = extract.labels_of(self.data.spec, [record["cond"] for record in found])
-        self._take_statistics(tally, np.stack([record["x_0"] for record in found]), labels)
+        features = self._take_statistics(tally, np.stack([record["x_0"] for record in found]), labels)
+        if "texts" in self.have and split == "held_out":
+          tally.scores += self._scores(features, mine)
     return tally.gather()
 
   def values(self, tally, reference, fresh):
@@ -234,6 +247,8 @@ class Bench:
       found["accuracy"] = tally.correct / tally.count
     if "conditions" in self.have:
       found["agreement"] = tally.agreeing / tally.count
+    if "texts" in self.have:
+      found["clip_score"] = tally.scores / tally.count
     return found
 
   def remarks(self):

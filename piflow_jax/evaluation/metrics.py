@@ -18,8 +18,8 @@ class Metric(NamedTuple):
     description: of what is measured, for the reader of a report.
     title: over a panel of a figure; "" for none.
     needs: what there has to be: "features", "labels" (a classifier, and labels to draw by), "conditions" (which are
-      each record's own, a text's say, and records that differ), "teacher" (or another
-      model's samples of the same noises), "pixels" (few enough for a covariance), "clock" or "training".
+      each record's own, a text's say, and records that differ), "texts" (which features can score), "teacher" (or
+      another model's samples of the same noises), "pixels" (few enough for a covariance), "clock" or "training".
   """
 
   heading: str
@@ -64,6 +64,9 @@ METRICS = {
         "agreement", HIGHER, 3,
         "share of samples of which the held-out record that they were drawn by is among the 5 nearest, by features",
         "Agreement with the condition", ("features", "conditions")),
+    "clip_score": Metric(
+        "CLIP score", HIGHER, 2, "mean of 100 times the cosine between a sample's and its text's embeddings",
+        "CLIP score", ("features", "texts")),
 }
 _ARROWS = {LOWER: " ↓", HIGHER: " ↑"}
 _NOTES = {LOWER: "lower is better", HIGHER: "higher is better"}

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from piflow_jax import sharding
 from piflow_jax.models import autoencoder as autoencoder_lib
@@ -45,3 +46,20 @@ def maker(mesh, autoencoder=None, everywhere=False):
 
   jitted = jax.jit(sharding.under(mesh, by_chunks), out_shardings=out)
   return lambda x: jitted(params, x)
+
+
+def by_batches(mesh, autoencoder, size):
+  """x_0 [n, ...], NumPy -> an iterator over its pictures, `size` of them at a time: uint8 [m, H, W, 3], m <= size.
+
+  Args:
+    mesh, autoencoder: of `maker`.
+    size: a multiple of `sharding.sample_parts`.
+  """
+  draw, split = maker(mesh, autoencoder), jax.NamedSharding(mesh, sharding.BATCH)
+
+  def drawn(x_0):
+    for start in range(0, len(x_0), size):
+      part = x_0[start:start + size]
+      yield np.asarray(draw(jax.device_put(np.resize(part, (size, *part.shape[1:])), split)))[:len(part)]
+
+  return drawn

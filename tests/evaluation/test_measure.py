@@ -120,7 +120,7 @@ def test_values_are_those_of_whole_arrays():
       pixel_frechet=distance(flat, held_out, samples), pixel_frechet_to_teacher=distance(flat, own, samples),
       precision=precision, recall=recall, accuracy=metrics.accuracy(_brightness(samples), labels),
       diversity=metrics.class_diversity(samples, labels), endpoint_error=metrics.endpoint_error(samples, ends, labels))
-  assert found.pop("seconds_per_1000") > 0 and found.pop("agreement") is None
+  assert found.pop("seconds_per_1000") > 0 and found.pop("agreement") is None and found.pop("clip_score") is None
   assert found.keys() == expected.keys()
   for key in expected:
     np.testing.assert_allclose(found[key], expected[key], rtol=1e-10, err_msg=key)
@@ -139,7 +139,7 @@ def test_batches_and_devices_do_not_change_what_is_measured(batch_size, devices)
     assert [sorted(tally.shown) for tally in tallies] == [list(range(20))] * 2
     np.testing.assert_array_equal(tallies[1].shown[3], _whole(_half, 40, seed=5)[0][3])
   for one, other in zip(*found):
-    for key in one.keys() - {"seconds_per_1000", "agreement"}:
+    for key in one.keys() - {"seconds_per_1000", "agreement", "clip_score"}:
       np.testing.assert_allclose(one[key], other[key], rtol=1e-9, err_msg=key)
 
 
@@ -160,7 +160,7 @@ def test_what_processes_took_in_adds_up():
   merged._merge(parts[1])
   assert merged.count == 40 and sorted(merged.shown) == sorted(whole.shown)
   one, two = bench.values(whole, whole, whole), bench.values(merged, merged, whole)
-  for key in one.keys() - {"seconds_per_1000", "agreement"}:
+  for key in one.keys() - {"seconds_per_1000", "agreement", "clip_score"}:
     np.testing.assert_allclose(one[key], two[key], rtol=1e-9, atol=1e-9, err_msg=key)
 
 
@@ -214,7 +214,7 @@ def test_conditions_that_are_no_labels_come_from_held_out_records():
   found = bench.values(tallies[1], *tallies[:1] * 2)
   assert not tallies[0].shown
   assert {key for key, value in found.items() if value is None} == {
-      "frechet", "frechet_to_teacher", "precision", "recall", "accuracy", "agreement"}
+      "frechet", "frechet_to_teacher", "precision", "recall", "accuracy", "agreement", "clip_score"}
   assert 0 < found["endpoint_error"] < 0.2 and found["pixel_frechet"] > 0
   assert "config.evaluation.features is not set" in bench.remarks()[0]
   unconditional = spec_lib.Data(spec_lib.Spec((5,), {}), lambda split: _records(x_0, [{}] * 6))
@@ -239,6 +239,28 @@ def test_samples_agree_with_the_record_whose_text_they_were_drawn_by(alike):
     assert values[0] == 1 and values[1] < 0.4  # by chance 5 of 40
 
 
+def test_samples_are_scored_with_the_texts_that_they_were_drawn_by():
+  rng, n = np.random.default_rng(0), 10
+  texts = rng.standard_normal((n, 1, 4)).astype(np.float32)
+
+  class Records(list):
+    def prompt(self, i):
+      return f"text {i}"
+
+  def score(features, names):  # 1 where a row says its text's number, as `records` below say it
+    return np.array([float(np.allclose(row, texts[int(name.split()[1])])) for row, name in zip(features, names)])
+
+  spec = spec_lib.Spec((4,), {"text": spec_lib.Array((1, 4), "float32")})
+  records = Records({"x_0": text[0] if i < 6 else 0 * text[0], "cond": {"text": text}} for i, text in enumerate(texts))
+  noun = config_lib.noun(lambda data: extract.Features(np.asarray, None, "its own values", score), {}, {})
+  bench = _bench(spec_lib.Data(spec, lambda split: records), features=noun, samples=25, batch_size=8)
+  assert bench.held_out.scores == 6
+  right = _model(lambda batch, seed: batch["cond"]["text"][:, 0])
+  first = _model(lambda batch, seed: jnp.where(batch["index"][:, None] < 5, batch["cond"]["text"][:, 0], 0.0))
+  tallies = bench.measure([right, first], 0, _bar())
+  assert [bench.values(tally, tallies[0], tallies[0])["clip_score"] for tally in tallies] == [1.0, 5 / 25]
+
+
 def test_pixels_of_large_samples_have_no_covariance():
   large = _bench(gaussians.make(shape=(64, 32, 3), num_classes=2), features=None, samples=8, batch_size=4)
   tallies = large.measure([_model(lambda batch, seed: batch["noise"])], 0, _bar())
@@ -259,7 +281,7 @@ def test_a_model_that_diverges_has_no_figures_and_harms_no_other():
   assert [tally.finite for tally in tallies] == [True, False, True]
   values = [bench.values(tally, tallies[0], tallies[0]) for tally in tallies]
   assert all(value is None for key, value in values[1].items() if key != "seconds_per_1000")
-  assert [key for key, value in values[2].items() if value is None] == ["agreement"]
+  assert [key for key, value in values[2].items() if value is None] == ["agreement", "clip_score"]
   # Nobody can be near to the end points of a reference that has none.
   tallies = bench.measure([_model(lost), _model(_half)], 0, _bar())
   found = bench.values(tallies[1], tallies[0], tallies[1])

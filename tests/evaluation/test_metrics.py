@@ -138,7 +138,7 @@ def test_the_table_says_of_every_metric_what_is_better():
   for key, metric in metrics.METRICS.items():
     assert metric.better in (metrics.LOWER, metrics.HIGHER, metrics.TEACHERS, metrics.FASTER)
     assert metric.heading and metric.description and metric.decimals >= 2
-    assert set(metric.needs) <= {"features", "labels", "conditions", "teacher", "pixels", "clock", "training"}
+    assert set(metric.needs) <= {"features", "labels", "conditions", "texts", "teacher", "pixels", "clock", "training"}
     arrows = [arrow in metrics.heading(key) for arrow in "↓↑"]
     assert arrows == [metric.better == better for better in ("lower", "higher")]
   assert metrics.note("accuracy").endswith("; higher is better") and "better" not in metrics.note("diversity")
