@@ -18,7 +18,7 @@ from piflow_jax.data import texts
 from piflow_jax.distill import flow_matching
 from piflow_jax.distill import imitation
 from piflow_jax.distill import parallel_decoding
-from piflow_jax.evaluation import features
+from piflow_jax.evaluation import torch_features
 from piflow_jax.models import flux
 from piflow_jax.policy import dx
 from piflow_jax.policy import gmm
@@ -42,7 +42,7 @@ def get_config(role="student"):
   c.batch_size = 64
   c.log_every, c.checkpoint_every, c.eval_every, c.image_every = 20, 250, 500, 500
   c.sampling.images = 64
-  c.evaluation.features = features.auto_config()
+  c.evaluation.features = torch_features.efficientnet_config()
   if role == "teacher":
     return _teacher(c)
   c.teacher = teacher.config(checkpoint="runs/emoji/teacher", guidance_scale=3.0)

@@ -1,6 +1,7 @@
 """Encoded prompts as data, with or without pictures beside them.
 
   --config.data.path=DIR    a cache of python -m piflow_jax.data.prompts (docs/text_to_image.md)
+  --config.data.on_the_fly=FILE    a short list, of which that cache is made first, if it is not there
 
 Without pictures x_0 is zeros of `shape`: what an objective that is data_free reads. Each 500th record is held out. Of
 a cache of several sizes all are trained on, in batches of one size each; what is measured is of `shape`.
@@ -12,17 +13,19 @@ import numpy as np
 
 from piflow_jax import config as config_lib
 from piflow_jax import errors
+from piflow_jax.data import on_the_fly as on_the_fly_lib
 from piflow_jax.data import prompt_cache
 from piflow_jax.data import shards
 from piflow_jax.data import spec
 
-FREE = ("path", "held_out")
+FREE = ("path", "held_out", "on_the_fly")
 
 
 def config(**fields):
   """A cache of encoded prompts."""
   return config_lib.noun(make, dict(
       path="",  # folder of the cache, on a local disk
+      on_the_fly="",  # list of prompts, at most 10,000, that the cache is made of by `encoder` where there is none yet
       held_out="",  # folder of a second one, whose records are held out; "": each 500th of the first
       shape=(),  # of x_0, a latent or a picture; (): of those in the cache, the first size's
       sizes=(),  # shapes of x_0 that are trained on, `shape` among them; (): all of the cache's
@@ -34,19 +37,25 @@ def config(**fields):
   ), fields)
 
 
-def make(*, path, held_out, shape, sizes, tokens, width, pooled, padded, encoder):
+def make(*, path, on_the_fly, held_out, shape, sizes, tokens, width, pooled, padded, encoder):
   """data.spec.Data; see `config`."""
   shards.check_local(path=path, held_out=held_out)
   config_lib.whole("tokens", tokens, least=0)
   config_lib.whole("width", width, least=0)
   config_lib.whole("pooled", pooled, least=-1)
   config_lib.one_of("padded", padded, (False, True))
-  if not isinstance(encoder, str):
-    raise ValueError(f"encoder: {encoder!r}; give KIND:PLACE")
+  for name, value in (("encoder", encoder), ("on_the_fly", on_the_fly)):
+    if not isinstance(value, str):
+      raise ValueError(f"{name}: {value!r} is no text")
+  if on_the_fly and not path:
+    raise ValueError("path: is empty; give the folder that on_the_fly's prompts are kept in once they are encoded")
+  prepare = functools.cache(functools.partial(
+      on_the_fly_lib.encode, on_the_fly, path, encoder=encoder, tokens=tokens))
   found = {}
   if not (shape and tokens and width and pooled >= 0 and encoder):
     if not path:
       raise ValueError("path: is empty; give a cache of prompts, which python -m piflow_jax.data.prompts makes")
+    prepare()
     manifest = prompt_cache.read_manifest(path)
     shape = tuple(shape) or tuple(manifest.shape)
     if not shape:
@@ -60,7 +69,12 @@ def make(*, path, held_out, shape, sizes, tokens, width, pooled, padded, encoder
   cond = {"text": spec.Array((tokens, width), "bfloat16")}
   cond |= {} if padded else {"mask": spec.Array((tokens,), "int32")}
   cond |= {"pooled": spec.Array((pooled,), "float32")} if pooled else {}
-  opened = functools.cache(functools.partial(_open, tokens=tokens, width=width, pooled=pooled, padded=padded))
+
+  @functools.cache
+  def opened(place):
+    if place == path:
+      prepare()
+    return _open(place, tokens=tokens, width=width, pooled=pooled, padded=padded)
 
   def records(split, shape=shape):
     return Records(*_part(opened, path, held_out, split, shape), shape, tokens)

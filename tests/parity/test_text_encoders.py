@@ -172,6 +172,39 @@ def test_shards_that_are_there_are_not_encoded_again_and_the_bytes_are_the_same(
   tiny.refused(PROGRAM, _arguments(pairs, parts, "--negative=x"), "--out:", "was begun with another negative")
 
 
+def test_a_short_list_is_encoded_beside_the_run_that_needs_it(pairs, tmp_path, capfd):
+  def data(**fields):
+    noun = texts.config(**dict(path=str(tmp_path / "cache"), on_the_fly=str(pairs / "list.jsonl"), tokens=12,
+                               encoder=f"flux:{pairs}", shape=(4, 4, 4)) | fields)
+    return noun.make(**config_lib.fields_of(noun))
+
+  records = data().records("train")
+  assert len(records) == 6 and records.prompt(2) == "colour c" and "7 prompts of 12 tokens" in capfd.readouterr().out
+  want, = text_encoders.open_encoder(f"flux:{pairs}", 12).encode(["colour c"])
+  np.testing.assert_array_equal(records[2]["cond"]["text"], want["text"])
+  data().records("train")
+  assert capfd.readouterr() == ("", "")  # it is there now
+  all_known = dict(path=str(tmp_path / "other"), width=records[0]["cond"]["text"].shape[1],
+                   pooled=records[0]["cond"]["pooled"].shape[0], padded=True)
+  known = data(**all_known)
+  assert not (tmp_path / "other").exists()  # nothing is encoded where shapes alone are asked for
+  assert len(known.records("held_out")) == 1 and (tmp_path / "other" / "manifest.json").exists()
+  elsewhere = dict(path=str(tmp_path / "new"))
+  with pytest.raises(ValueError, match="on_the_fly: .*was not encoded"):
+    data(**elsewhere, encoder="flux:./no/where")
+  assert "--encoder: flux:./no/where cannot be opened" in capfd.readouterr().err
+  with pytest.raises(ValueError, match="on_the_fly: data.encoder is empty"):
+    data(**elsewhere, encoder="")
+  with pytest.raises(ValueError, match="on_the_fly: .*is not there; give"):
+    data(**elsewhere, on_the_fly="none.txt")
+  with pytest.raises(ValueError, match="path: is empty"):
+    data(path="")
+  long = tmp_path / "long.txt"
+  long.write_text("\n".join(map(str, range(10_001))))
+  with pytest.raises(ValueError, match="on_the_fly: .*lists 10,001 prompts"):
+    data(**elsewhere, on_the_fly=str(long))
+
+
 def test_what_is_wrong_with_a_list_or_a_cache_is_one_line(pairs, tmp_path):
   bad = tmp_path / "bad.jsonl"
   for content, words in (('{"prompt": 3}\n', "row 1 has no text 'prompt'"), ("{\n", "line 1 is no JSON"),
