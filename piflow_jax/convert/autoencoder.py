@@ -135,31 +135,34 @@ def diffusers_config(settings, scales):
 
 
 def read_plan(source):
+  """`plan_of` an AutoencoderKL's file."""
+  return plan_of(source, settings_of, autoencoder.Autoencoder, rows, _SAYS)
+
+
+def plan_of(source, settings_of_, make, rows_, says, *, kind=None, ignored=()):
   """(table entries, {path: ShapeDtypeStruct}, what FILE is to hold) of a file; prints what it is.
 
+  Args:
+    source: files.Source.
+    settings_of_: config.json -> (arguments of `make`, arguments of `to_latents`).
+    make: of the network.
+    rows_: (settings, {key: shape} of the file) -> table.
+    says: what such files are called.
+    kind: as `weights.load_autoencoder` knows it; None: an AutoencoderKL.
+    ignored: patterns of keys that are not read.
   Raises:
     errors.UserError: no config.json, one of another kind, or tensors that do not fit it.
   """
-  settings, scales = checked_settings(source, settings_of)
-  entries, leaves = checked_entries(source, autoencoder.Autoencoder(**settings), rows(settings, source.shapes), _SAYS)
-  return entries, leaves, {"settings": settings, "scales": scales, "config": source.config}
-
-
-def checked_settings(source, settings_of_):
-  """What settings_of_ makes of the config.json beside a file. Raises errors.UserError: there is none."""
   if not source.config:
     raise errors.UserError(f"--source: no config.json beside {source.where}; an autoencoder's settings are read from "
                            "it")
-  return settings_of_(source.config)
-
-
-def checked_entries(source, net, rows_, says, ignored=()):
-  """(table entries, {path: ShapeDtypeStruct}) of a file for a network, once they are compared; prints what it is."""
-  leaves = params_lib.named_leaves(autoencoder.shapes(net))
-  entries = table.entries(rows_, {path: leaf.shape for path, leaf in leaves.items()}, says)
+  settings, scales = settings_of_(source.config)
+  leaves = params_lib.named_leaves(autoencoder.shapes(make(**settings)))
+  entries = table.entries(rows_(settings, source.shapes), {path: leaf.shape for path, leaf in leaves.items()}, says)
   table.check(entries, source.shapes, source.where, ignored, faults=source.faults)
   print(f"{source.where}: {says} of {len(source.shapes)} tensors", flush=True)
-  return entries, leaves
+  about = {"settings": settings, "scales": scales, "config": source.config}
+  return entries, leaves, about | ({"kind": kind} if kind else {})
 
 
 def write_plan(path, shapes):

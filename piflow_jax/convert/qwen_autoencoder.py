@@ -42,8 +42,12 @@ def recognised(keys):
   return "encoder.down_blocks.0.norm1.gamma" in keys and "decoder.up_blocks.0.resnets.0.norm1.gamma" in keys
 
 
-def rows(settings):
-  """The table of an autoencoder with `settings`, arguments of models.qwen_autoencoder.QwenAutoencoder."""
+def rows(settings, keys=None):
+  """The table of an autoencoder with `settings`, arguments of models.qwen_autoencoder.QwenAutoencoder.
+
+  All files have the same `keys`.
+  """
+  del keys
   levels, count, found = len(settings["widths"]), settings["layers_per_block"], []
 
   def conv(here, there, kernel=None):
@@ -110,12 +114,5 @@ def settings_of(config):
 
 
 def read_plan(source):
-  """(table entries, {path: ShapeDtypeStruct}, what autoencoder.FILE is to hold) of a file; prints what it is.
-
-  Raises:
-    errors.UserError: no config.json, one of another kind, or tensors that do not fit it.
-  """
-  settings, scales = names.checked_settings(source, settings_of)
-  net = qwen_autoencoder.QwenAutoencoder(**settings)
-  entries, leaves = names.checked_entries(source, net, rows(settings), _SAYS, _IGNORED)
-  return entries, leaves, {"kind": KIND, "settings": settings, "scales": scales, "config": source.config}
+  """`autoencoder.plan_of` such a file."""
+  return names.plan_of(source, settings_of, qwen_autoencoder.QwenAutoencoder, rows, _SAYS, kind=KIND, ignored=_IGNORED)

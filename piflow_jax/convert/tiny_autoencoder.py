@@ -14,8 +14,12 @@ def recognised(keys):
   return "encoder.layers.0.weight" in keys and "decoder.layers.0.weight" in keys
 
 
-def rows(settings):
-  """The table of an autoencoder with `settings`, arguments of models.tiny_autoencoder.TinyAutoencoder."""
+def rows(settings, keys=None):
+  """The table of an autoencoder with `settings`, arguments of models.tiny_autoencoder.TinyAutoencoder.
+
+  All files have the same `keys`.
+  """
+  del keys
   found = []
 
   def conv(here, there, bias=True):
@@ -67,13 +71,5 @@ def settings_of(config):
 
 
 def read_plan(source):
-  """(table entries, {path: ShapeDtypeStruct}, what autoencoder.FILE is to hold) of a file; prints what it is.
-
-  Raises:
-    errors.UserError: no config.json, one of another kind, or tensors that do not fit it.
-  """
-  settings, scales = names.checked_settings(source, settings_of)
-  net = tiny_autoencoder.TinyAutoencoder(**settings)
-  entries, leaves = names.checked_entries(source, net, rows(settings), _SAYS)
-  about = {"kind": tiny_autoencoder.KIND, "settings": settings, "scales": scales, "config": source.config}
-  return entries, leaves, about
+  """`autoencoder.plan_of` such a file."""
+  return names.plan_of(source, settings_of, tiny_autoencoder.TinyAutoencoder, rows, _SAYS, kind=tiny_autoencoder.KIND)

@@ -19,7 +19,12 @@ class Chip(NamedTuple):
   memory: float  # bytes of HBM that XLA grants a program, as its refusals state them
   link: float  # bytes a second
   network: float  # bytes a second
-  clock: float  # Hz of the compiler's cycles: peak FLOPs a second over FLOPs a cycle; 0: it counts none, as for a card
+  clock: float  # Hz of the compiler's cycles: peak FLOPs a second over FLOPs a cycle; 0 of a card
+
+  @property
+  def card(self):
+    """Whether it is a GPU."""
+    return not self.clock
 
 
 CHIPS = {
@@ -41,7 +46,7 @@ def slice_name(name):
   """(generation, shape) of "v5e:4x4", or of "v5e-16"; (card, number) of "h100-8". Raises errors.UserError."""
   kind, colon, shape = name.partition(":")
   card = re.split("[-:]", name)[0]
-  if card in CHIPS and not CHIPS[card].clock:
+  if card in CHIPS and CHIPS[card].card:
     if name not in [f"{card}-{number}" for number in (1, 2, 4, 8)]:
       raise errors.UserError(f"--topology: {name!r}: plan 1, 2, 4 or 8 cards of one host, as in {card}-8")
     return card, name.removeprefix(f"{card}-")

@@ -28,7 +28,7 @@ _QUIET = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WO
 def devices_of(topology, slices):
   """(chip, devices, name) of a slice that only the compiler knows. Raises errors.UserError."""
   kind, shape = chips.slice_name(topology)
-  if not chips.CHIPS[kind].clock:
+  if chips.CHIPS[kind].card:
     if slices > 1:
       raise errors.UserError("--slices: only TPUs are planned in several slices; set 1")
     return chips.CHIPS[kind], gpus.devices(kind, shape), topology
@@ -63,7 +63,7 @@ def plan(config, topology, *, slices=1, sampler=False, size=None):
     errors.UserError: the slice is unknown, or the mesh or the batch does not fit it.
   """
   chip, devices, name = devices_of(topology, slices)
-  with contextlib.nullcontext() if chip.clock else gpus.cudnn():
+  with gpus.cudnn() if chip.card else contextlib.nullcontext():
     return _plan(config, chip, devices, name, sampler, size)
 
 
@@ -96,7 +96,7 @@ def _plan(config, chip, devices, name, sampler, size):
                model_flops=counted[0], flops=counted[1])
   try:
     lowered = (jitted.draw if sampler else jitted.step).lower(*arguments)
-    compiled = lowered.compile(None if chip.clock else gpus.OPTIONS)
+    compiled = lowered.compile(gpus.OPTIONS if chip.card else None)
   except jax.errors.JaxRuntimeError as e:
     total, limit = _too_much(str(e), sum(memory.values()))
     if limit is None:
@@ -134,14 +134,14 @@ def _times(compiled, chip, found, steps):
   flops_a_second = found["chips"] * chip.flops
   seconds = dict(peak=found["flops"] / flops_a_second, links=links,
                  network=sent.get("send", (0, 0))[1] / chip.network)
-  if chip.clock:
+  if not chip.card:
     seconds["compiler"] = hlo.cycles(runs) / chip.clock
   step = max(seconds.values())
   waste = sorted(hlo.padded(runs), key=lambda b: b.bytes - b.padded)  # most first
   known = dict(seconds=seconds | {"step": step}, kernels=hlo.kernels(runs),
                collectives={kind: dict(count=count, bytes=size) for kind, (count, size) in sent.items()},
                padded=[dict(array=b.text, bytes=b.bytes, padded=b.padded) for b in waste])
-  if not chip.clock:  # by peak FLOPs and links alone, MFU and hours would be promises
+  if chip.card:  # by peak FLOPs and links alone, MFU and hours would be promises
     return known
   recipe = dict(hours=steps * step / 3600, chip_hours=steps * step / 3600 * found["chips"]) if steps else {}
   return known | dict(mfu=found["model_flops"] / (flops_a_second * step), **recipe)
