@@ -1,6 +1,8 @@
 """A short list of prompts encoded before a run, in a process beside it, with which PyTorch and its memory are gone."""
 
+import fcntl
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -25,6 +27,14 @@ def encode(prompts, path, *, encoder, tokens):
   """
   if not prompts or (epath.Path(path) / shards.MANIFEST).exists():
     return
+  pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+  with open(pathlib.Path(path) / ".on_the_fly", "w", encoding="utf-8") as alone:
+    fcntl.flock(alone, fcntl.LOCK_EX)  # of several processes of a host one does the work, and the others wait for it
+    if not (epath.Path(path) / shards.MANIFEST).exists():
+      _encode(prompts, path, encoder, tokens)
+
+
+def _encode(prompts, path, encoder, tokens):
   try:
     count = len(prompt_list.read(prompts))
   except ValueError as e:

@@ -76,8 +76,8 @@ def make(*, path, on_the_fly, held_out, shape, sizes, tokens, width, pooled, pad
       prepare()
     return _open(place, tokens=tokens, width=width, pooled=pooled, padded=padded)
 
-  def records(split, shape=shape):
-    return Records(*_part(opened, path, held_out, split, shape), shape, tokens)
+  def records(split, shape=shape, own=shape):
+    return Records(*_part(opened, path, held_out, split, shape, own), shape, tokens)
 
   def all_sizes():
     chosen = sizes or prompt_cache.shapes(_opened(opened, path, "path")[0], shape)
@@ -124,13 +124,18 @@ def _opened(opened, path, name):
     raise errors.UserError(f"config.data.{str(e) if name == 'path' else f'{name}: {e}'}") from e
 
 
-def _part(opened, path, held_out, split, shape):
-  """(Manifest, bytes of records, numbers of the split's that have this shape); raises errors.UserError."""
+def _part(opened, path, held_out, split, shape, own):
+  """(Manifest, bytes of records, numbers of the split's that have this shape); raises errors.UserError.
+
+  A cache of held-out records may lack sizes that are trained on, all but the run's own.
+  """
   apart = bool(held_out) and split == "held_out"
   manifest, data = _opened(opened, *((held_out, "held_out") if apart else (path, "path")))
   try:
     numbers = prompt_cache.numbers_of(manifest, shape)
   except ValueError as e:
+    if apart and shape != own:
+      return manifest, data, np.arange(0)
     raise errors.UserError(f"config.data.{f'held_out: {held_out}: ' if apart else ''}{e}") from e
   return manifest, data, numbers if held_out else numbers[shards.split_numbers(len(numbers), split)]
 

@@ -60,19 +60,20 @@ def _random_labels(key, index, classes):
   return jax.vmap(lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, classes))(index)
 
 
-def conditions_of(spec, records):
+def conditions_of(spec, records, count=None):
   """(numbers of samples [n]) -> their cond tree: classes in turn, or where a label is not all, those of some records.
 
   Args:
     spec: data.spec.Spec.
     records: random access, held-out ones.
+    count: the first so many of them, in turn; None: all.
   """
-  classes = spec_lib.num_classes(spec)
+  classes, count = spec_lib.num_classes(spec), count or len(records)
 
   def conditions(index):
     if classes:
       return {name: (index % classes).astype(array.dtype) for name, array in spec.cond.items()}
-    found = [records[int(i)]["cond"] for i in index % len(records)] if spec.cond else []
+    found = [records[int(i)]["cond"] for i in index % count] if spec.cond else []
     return {name: np.stack([cond[name] for cond in found]).astype(array.dtype) for name, array in spec.cond.items()}
 
   return conditions

@@ -54,7 +54,7 @@ class Tally:
     self._room, self._kept = _MOST_KEPT // parts, []
 
   def keep(self, samples, labels):
-    """Keep samples [n, ...] of labels [n] for the distances within a class, as far as there is room."""
+    """Keep samples [n, ...] of labels [n], what they are drawn by, for distances within it, as far as there is room."""
     rows = min(len(samples), self._room // max(math.prod(samples.shape[1:]), 1))
     self._room -= rows * math.prod(samples.shape[1:])
     self._kept.append((samples[:rows].copy(), np.array(labels[:rows])))
@@ -68,7 +68,7 @@ class Tally:
       self.errors[label] = self.errors.get(label, 0.0) + error
 
   def diversity(self):
-    """`metrics.class_diversity` of the samples kept; None where no two are of one class."""
+    """`metrics.class_diversity` of the samples kept; None where no two are of one class or condition."""
     samples, labels = (np.concatenate(parts) for parts in zip(*self._kept))
     if len(labels) < 2 or np.unique(labels, return_counts=True)[1].max() < 2:
       return None
@@ -115,7 +115,9 @@ class Bench:
     self._size = -(-min(c.batch_size, c.samples) // parts) * parts
     check_samples(c.samples, self.data.spec)
     records = spec_lib.checked_records(self.data, "held_out")
-    self._conditions = draws.conditions_of(self.data.spec, records)
+    # Two noises of a condition at least, by which diversity is measured.
+    self._conditions_drawn = max(min(len(records), c.samples // 2), 1)
+    self._conditions = draws.conditions_of(self.data.spec, records, self._conditions_drawn)
     if c.features is not None and len(records) <= NEAREST:
       raise errors.UserError(f"config.data: held_out: {len(records)} records; features are compared with those "
                              f"of {NEAREST + 1} or more")
@@ -136,7 +138,6 @@ class Bench:
     if self.features is not None and not self.classes and self.data.spec.cond and jax.process_count() == 1 and np.ptp(
         self.held_out.features.rows, axis=0).any():
       self.have.add("conditions")
-    self._records = len(records)
 
   def batches(self, seed, stream=draws.NOISE):
     """draws.Batch of all samples of a seed."""
@@ -146,6 +147,12 @@ class Bench:
   def labels(self, index):
     """[n] classes of samples by number; where a label is not all that conditions, all are of one class."""
     return index % max(self.classes, 1)
+
+  def conditions(self, index):
+    """[n] what samples are drawn by: their class, else the number of the record whose condition it is, else 0."""
+    if self.classes or not self.data.spec.cond:
+      return self.labels(index)
+    return index % self._conditions_drawn
 
   def measure(self, models, seed, bar, stream=draws.NOISE):
     """The Tally of each draws.Model over all samples of a seed; squared errors are against the first one's samples."""
@@ -177,10 +184,10 @@ class Bench:
       return
     features = self._take_statistics(tally, samples, labels)
     if "texts" in self.have:
-      tally.scores += self._scores(features, index % self._records)
+      tally.scores += self._scores(features, self.conditions(index))
     if "conditions" in self.have:
-      tally.agreeing += metrics.agreeing(features, self.held_out.features.rows, index % self._records, _AGREEING)
-    tally.keep(samples, labels)
+      tally.agreeing += metrics.agreeing(features, self.held_out.features.rows, self.conditions(index), _AGREEING)
+    tally.keep(samples, self.conditions(index))
     if images.shows(self._shape):
       tally.shown |= {int(i): x for i, x in zip(index, samples) if i < self.shown}
     if np.isfinite(reference).all():

@@ -52,7 +52,7 @@ METRICS = {
         "Accuracy of the conditioned class", ("features", "labels")),
     "diversity": Metric(
         "diversity", TEACHERS, 3,
-        "mean rms difference of two samples of one class; the many-step teacher's is the goal",
+        "mean rms difference of two samples of one class, or of one text; the many-step teacher's is the goal",
         "Diversity within a class"),
     "endpoint_error": Metric(
         "endpoint error", LOWER, 3,

@@ -148,6 +148,18 @@ def test_a_size_that_is_not_the_caches_is_refused(fields, words, tmp_path):
       records("train")
 
 
+def test_held_out_prompts_of_their_own_need_only_the_runs_size(tmp_path):
+  listed = [prompt_list.Prompt(f"{i}", None, SIZES[i % 3]) for i in range(12)]
+  ordered, counts = prompt_pictures.placed(listed, SIZES)
+  _cache(tmp_path / "cache", ordered, prompt_pictures.without(SIZES, counts, 1))
+  _cache(tmp_path / "held_out", ordered[:6], prompt_pictures.without(SIZES[:2], [4, 2], 1))
+  data = _data(tmp_path / "cache", shape=(8, 8, 3), held_out=str(tmp_path / "held_out"))
+  assert [len(records("train")) for records in data.sizes().values()] == [4, 4, 4]
+  assert [len(records("held_out")) for records in data.sizes().values()] == [4, 2, 0]
+  with pytest.raises(errors.UserError, match="config.data.held_out: .* none of the cache's sizes"):
+    _data(tmp_path / "cache", shape=(12, 6, 3), held_out=str(tmp_path / "held_out")).records("held_out")
+
+
 def _sources():
   shapes = {(4, 2): 30, (2, 4): 20, (8, 1): 10}
   return [([{"x_0": np.full(shape, i, np.float32), "cond": {}} for i in range(count)], spec_lib.Spec(shape, {}))

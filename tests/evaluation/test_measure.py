@@ -239,6 +239,23 @@ def test_samples_agree_with_the_record_whose_text_they_were_drawn_by(alike):
     assert values[0] == 1 and values[1] < 0.4  # by chance 5 of 40
 
 
+def test_each_text_is_drawn_by_twice_and_diversity_is_between_its_own_samples():
+  n = 40
+  texts = np.arange(n, dtype=np.float32).reshape(n, 1, 1)
+  spec = spec_lib.Spec((3,), {"text": spec_lib.Array((1, 1), "float32")})
+  data = spec_lib.Data(spec, lambda split: _records(np.zeros((n, 3), np.float32), [{"text": text} for text in texts]))
+  bench = _bench(data, features=None, samples=24, batch_size=10)
+  np.testing.assert_array_equal(bench.conditions(np.arange(24)), np.tile(np.arange(12), 2))
+  got = np.concatenate([batch.placed["cond"]["text"][np.asarray(batch.own)] for batch in bench.batches(0)])
+  np.testing.assert_array_equal(got[:, 0, 0], np.tile(np.arange(12), 2))
+  # A model that says the text and turns 3 up and down: samples of one text differ by 3 in each value, those of others
+  # by more.
+  model = _model(lambda batch, seed: 10 * batch["cond"]["text"][:, 0] + 3.0 * (batch["index"][:, None] >= 12)
+                 + jnp.zeros((1, 3)))
+  tally, = bench.measure([model], 0, _bar())
+  assert bench.values(tally, tally, tally)["diversity"] == pytest.approx(3.0)
+
+
 def test_samples_are_scored_with_the_texts_that_they_were_drawn_by():
   rng, n = np.random.default_rng(0), 10
   texts = rng.standard_normal((n, 1, 4)).astype(np.float32)
