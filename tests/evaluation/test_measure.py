@@ -248,10 +248,12 @@ def test_each_text_is_drawn_by_twice_and_diversity_is_between_its_own_samples():
   np.testing.assert_array_equal(bench.conditions(np.arange(24)), np.tile(np.arange(12), 2))
   got = np.concatenate([batch.placed["cond"]["text"][np.asarray(batch.own)] for batch in bench.batches(0)])
   np.testing.assert_array_equal(got[:, 0, 0], np.tile(np.arange(12), 2))
-  # A model that says the text, the second time 3 more: samples of one text differ by 3, those of others by more.
-  model = _model(lambda batch, seed: 10 * batch["cond"]["text"][:, 0] + 3.0 * (batch["index"][:, None] >= 12)
-                 + jnp.zeros((1, 3)))
-  tally, = bench.measure([model], 0, _bar())
+
+  # It says the text, the second time 3 more: samples of one text differ by 3, those of others by more.
+  def draw(batch, seed):
+    return jnp.repeat(10 * batch["cond"]["text"][:, 0] + 3.0 * (batch["index"][:, None] >= 12), 3, axis=1)
+
+  tally, = bench.measure([_model(draw)], 0, _bar())
   assert bench.values(tally, tally, tally)["diversity"] == pytest.approx(3.0)
 
 
