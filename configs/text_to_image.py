@@ -9,6 +9,7 @@ from piflow_jax import lora
 from piflow_jax.distill import flow_matching
 from piflow_jax.distill import imitation
 from piflow_jax.distill import parallel_decoding
+from piflow_jax.evaluation import torch_features
 from piflow_jax.policy import dx
 from piflow_jax.policy import gmm
 from piflow_jax.policy import parallel
@@ -33,6 +34,8 @@ def base(name):
   c.ema.start = 100
   c.mesh.update(data=1, fsdp=-1)
   c.log_every, c.checkpoint_every, c.eval_every, c.image_every = 10, 100, 0, 0
+  # Of piflow_jax.evaluate: --config.evaluation.features.model=FOLDER and .autoencoder=WORKDIR name them.
+  c.evaluation.features = torch_features.clip_config()
   if name == "teacher":
     c.sampling.nfe = 50
     c.trained = (".*",)

@@ -11,6 +11,7 @@ from piflow_jax.data import text_encoders
 from tests import text
 from tests import tiny
 from tests.parity import test_text_encoders as encoders
+from tests.parity import test_torch_features as features
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -71,6 +72,15 @@ def test_from_prompts_to_pytorchs_samples_with_a_kill(kind, recipe, tmp_path):
             f"--out={tmp_path / 'x.npz'}")
   drawn = np.load(tmp_path / "x.npz")
   want = drawn["x_0"]
+  if pictures:
+    tiny.done("-m", "piflow_jax.evaluate", f"--workdir={student}", f"--config.data.held_out={cache}",
+              "--config.evaluation.samples=8", "--config.evaluation.batch_size=8",
+              f"--config.evaluation.features.model={features.clip_folder(tmp_path / 'clip')}")
+    report, = student.glob("report*/report.json")
+    rows = json.loads(report.read_text())["rows"]
+    assert [(row["model"], row["calls"]) for row in rows][-1] == ("student", 4) and len(rows) == 5
+    for row in rows:
+      assert min(row["clip_score"], row["diversity"], row["frechet_to_teacher"]) > 0 and row["agreement"] is not None
   tiny.done("-m", "piflow_jax.convert", "to-torch", f"--workdir={student}", f"--out={tmp_path / 'export'}")
 
   # The same prompt and noises for PyTorch.

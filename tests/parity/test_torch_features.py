@@ -18,8 +18,11 @@ TEXTS = ["a red apple", "sad cat", "blue car car car", "apple"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-  """A folder of a tiny CLIP with random weights, its tokenizer and its image processor."""
-  folder = tmp_path_factory.mktemp("clip")
+  return clip_folder(tmp_path_factory.mktemp("clip"))
+
+
+def clip_folder(folder):
+  """Make the folder of a tiny CLIP with random weights, its tokenizer and its image processor; returns it."""
   words = ["<s>", "</s>", "<unk>", *sorted({word for text in TEXTS for word in text.split()})]
   inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
   inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
