@@ -66,6 +66,14 @@ def plain(workdir, flag="--workdir"):
   raise errors.UserError(f"{flag}: {path} is no config of this program; {_MEND}")
 
 
+def completed(known):
+  """A plain config, fields that have come since it was written at their defaults; itself where it cannot be read."""
+  try:
+    return config_lib.to_plain(config_lib.from_plain(known))
+  except (ValueError, TypeError, KeyError):
+    return known
+
+
 def read(workdir, flag="--workdir"):
   """The config that a workdir belongs to. Raises errors.UserError: there is none, or it cannot be read."""
   known = plain(workdir, flag)
@@ -108,7 +116,7 @@ def claim(workdir, config, write_it=True):
     if known is None:
       raise errors.UserError(f"--workdir: {str(workdir)!r} has checkpoints but no config.json to say of which run; put "
                              "it back, or choose another workdir")
-    if found := differences(known, config_lib.to_plain(config), free=_free(config)):
+    if found := differences(completed(known), config_lib.to_plain(config), free=_free(config)):
       raise errors.UserError(f"--workdir: {str(workdir)!r} holds a run of another config ({found}); choose another "
                              "workdir or that config")
   if write_it:
@@ -177,7 +185,8 @@ def warn_of_other(workdir, config):
     return
   if known is None:
     return
-  found = differences(known, config_lib.to_plain(config), free=_free(config), only=tuple(f"{n}." for n in _MEANING))
+  meaning = tuple(f"{name}." for name in _MEANING)
+  found = differences(completed(known), config_lib.to_plain(config), free=_free(config), only=meaning)
   if found:
     logging.warning("%s was trained otherwise: %s", workdir, found)
 

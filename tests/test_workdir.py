@@ -8,6 +8,9 @@ from configs import digits
 from piflow_jax import config as config_lib
 from piflow_jax import errors
 from piflow_jax import workdir
+from piflow_jax.distill import imitation
+from piflow_jax.evaluation import naming
+from piflow_jax.policy import gmm
 from tests import tiny
 
 
@@ -59,6 +62,28 @@ def test_what_changes_the_numbers_is_refused(role, fields, words, tmp_path):
   with pytest.raises(errors.UserError, match=words.replace("(", r"\(")):
     workdir.claim(tmp_path, tiny.config(role, **fields))
   assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_run_of_before_a_field_came_goes_on_and_its_figures_keep_their_name(tmp_path):
+  config = tiny.config("student")
+  workdir.claim(tmp_path, config)
+  _begun(tmp_path)
+  known = json.loads((tmp_path / "config.json").read_text())
+  for name in ("zero", "policy.dropout", "method.num_states", "evaluation.seed"):
+    *parents, last = name.split(".")
+    table = known["config"]
+    for parent in parents:
+      table = table[parent]
+    del table[last]
+  (tmp_path / "config.json").write_text(json.dumps(known))
+  # At what such fields are by themselves they change nothing; at another value they do.
+  at_default = tiny.config("student", method__num_states=config_lib.fields_of(imitation.config())["num_states"],
+                           policy__dropout=config_lib.fields_of(gmm.config())["dropout"])
+  assert naming.named("report", at_default, tmp_path) == "report"
+  workdir.claim(tmp_path, at_default)
+  (tmp_path / "config.json").write_text(json.dumps(known))
+  with pytest.raises(errors.UserError, match="config.policy.dropout is 0.25, was"):
+    workdir.claim(tmp_path, tiny.config("student", policy__dropout=0.25))
 
 
 def test_why_a_cosine_run_cannot_be_made_longer_is_said(tmp_path):

@@ -30,7 +30,7 @@ def named(stem, config, workdir):
     known = None
   if known is None:
     return stem
-  old, new = workdir_lib.flat(known), workdir_lib.flat(config_lib.to_plain(config))
+  old, new = workdir_lib.flat(workdir_lib.completed(known)), workdir_lib.flat(config_lib.to_plain(config))
   # As _SETTINGS lists them, and what a noun is before its fields.
   keys = [key for start in _SETTINGS for key in sorted(new, key=_make_first) if key.startswith(start)]
   differ = [key for key in keys if old.get(key) != new[key]]
