@@ -9,7 +9,6 @@ computes again. --depth=1 leaves a block of each kind: a trial on a laptop.
 """
 
 import argparse
-import functools
 import time
 
 import jax
@@ -19,9 +18,9 @@ from configs import flux
 from configs import qwen_image
 from piflow_jax import build
 from piflow_jax import params as params_lib
-from piflow_jax import sampler
 from piflow_jax import sharding
 from piflow_jax import train_step
+from piflow_jax.evaluation import draws
 from piflow_jax.plan import flops
 
 _CONFIGS = {"flux": flux, "qwen": qwen_image}
@@ -52,12 +51,13 @@ def main():
     print(f"{name}, gm-4nfe, batch {given.batch}: {line}", flush=True)
   if given.draw:
     base = params_lib.select(teacher, params_lib.named_leaves(jitted.base).__contains__)
-    print(f"{name}, four calls, {given.draw} at once: {_drawn(jitted.draw, given.draw, run, mesh, state.ema, base)}",
+    draw = draws.model_drawer(mesh, config, run, 4)
+    print(f"{name}, four calls, {given.draw} at once: {_drawn(draw, (state.ema, base), given.draw, run, mesh)}",
           flush=True)
   if given.draw and given.teacher:
-    steps = jax.jit(sharding.under(mesh, functools.partial(_teacher, run, given.teacher)))
+    draw = draws.teacher_drawer(mesh, run, given.teacher)
     print(f"{name}, the teacher's {given.teacher} steps, {given.draw} at once: "
-          f"{_drawn(steps, given.draw, run, mesh, state.ema, teacher)}", flush=True)
+          f"{_drawn(draw, teacher, given.draw, run, mesh)}", flush=True)
 
 
 def _config(given):
@@ -98,20 +98,15 @@ def _batch(n, run, mesh):
           "cond": {k: array(i, a.shape, jnp.dtype(a.dtype)) for i, (k, a) in enumerate(spec.cond.items(), 1)}}
 
 
-def _teacher(run, steps, ema, teacher, noise, cond, keys):
-  del ema
-  clock = build.teacher_clock(run, steps)
-  return sampler.sample(build.teacher_flow_map(run, teacher, cond, clock), noise, keys, clock)
-
-
-def _drawn(draw, n, run, mesh, ema, base):
-  batch, keys = _batch(n, run, mesh), jax.random.split(jax.random.key(2), n)
+def _drawn(draw, weights, n, run, mesh):
+  batch = _batch(n, run, mesh)
+  given = {"noise": batch["x_0"], "cond": batch["cond"], "index": jnp.arange(n)}
   began = time.perf_counter()
-  jax.block_until_ready(draw(ema, base, batch["x_0"], batch["cond"], keys))
+  jax.block_until_ready(draw(weights, given, 0))
   ready = time.perf_counter() - began
   began = time.perf_counter()
   for _ in range(2):
-    jax.block_until_ready(draw(ema, base, batch["x_0"], batch["cond"], keys))
+    jax.block_until_ready(draw(weights, given, 0))
   seconds = (time.perf_counter() - began) / 2
   return f"{seconds / n:.3f} s a picture's latent, compiled in {ready - seconds:.0f} s"
 

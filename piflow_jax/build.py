@@ -44,7 +44,7 @@ def run(config, *, planned=False, size=None):
   Args:
     config: of the run.
     planned: only its shapes matter, and its data need not be there.
-    size: shape of x_0, one of `Data.sizes`; None: config.data's own.
+    size: shape of x_0; None: config.data's own. Records stay as they are, see `sized`.
   Raises:
     errors.UserError: fields are wrong or do not fit one another.
   """
@@ -53,7 +53,7 @@ def run(config, *, planned=False, size=None):
   with field("data"):
     spec_lib.check(data)
   if size is not None:
-    data = data._replace(spec=data.spec._replace(x_0=size), records=data.sizes()[size])
+    data = data._replace(spec=data.spec._replace(x_0=size))
   if planned and data.null is not None:
     data = data._replace(null=lambda: {k: np.zeros(a.shape, np.float32) for k, a in data.spec.cond.items()})
   net = None if config.network is None else _made("network", config.network, data.spec)
@@ -103,9 +103,12 @@ def run(config, *, planned=False, size=None):
 
 def sized(config, run_):
   """{shape of x_0: run} of each size that a run's data come in, its own first; what is trained is the same in all."""
-  own = run_.data.spec.x_0
-  others = [] if run_.data.sizes is None else [size for size in run_.data.sizes() if size != own]
-  return {own: run_} | {size: run(config, size=size) for size in others}
+  found = {run_.data.spec.x_0: run_}
+  for size, records in ({} if run_.data.sizes is None else run_.data.sizes()).items():
+    if size not in found:
+      other = run(config, size=size)
+      found[size] = other._replace(data=other.data._replace(records=records))
+  return found
 
 
 def _no_network(*_):

@@ -218,16 +218,13 @@ def _asked(config, run, values):
     return text_encoders.conditions(encoder, run.data.spec, prompts, values.num)
 
 
-def _sized(config, size, factor):
-  """The config with x_0 of a size in pixels."""
+def _shape(size, factor, channels):
+  """x_0's shape at a size in pixels."""
   sides = size.lower().split("x")
   if len(sides) != 2 or not all(side.isdecimal() and int(side) and int(side) % factor == 0 for side in sides):
     raise errors.UserError(f"--size: {size!r}; give WIDTHxHEIGHT, in pixels that {factor} divides")
   width, height = (int(side) // factor for side in sides)
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.data.shape = (height, width, config.data.shape[-1])
-  return config
+  return height, width, channels
 
 
 def _adder(config, run, values):
@@ -260,9 +257,10 @@ def _main(given):
   if values.autoencoder is not None:
     folder = workdir_lib.path_of(values.autoencoder, "--autoencoder")
     autoencoder = weights.load_autoencoder(folder, sharding.replicated(mesh))
-  if values.size:
-    config = _sized(config, values.size, 2 ** (len(autoencoder[0].widths) - 1) if autoencoder else 1)
   run = build.run(config)
+  if values.size:
+    factor = 2 ** (len(autoencoder[0].widths) - 1) if autoencoder else 1
+    run = build.run(config, size=_shape(values.size, factor, run.data.spec.x_0[-1]))
   workdir_lib.warn_of_other(given.workdir, config)
   if remark := run.method.calls(config.sampling.nfe, config.sampling.h):
     logging.warning("%s", remark)

@@ -101,6 +101,7 @@ def test_sizes_are_trained_in_turns_each_by_its_own_shift(tmp_path):
     c = text.config("flux", "teacher", cache, eval_every=1, steps=steps)
     with c.unlocked():
       c.flow = flow.dynamic_config(**line)
+      c.data.sizes = tuple((rows, columns, 4) for rows, columns, _ in SIZES)
     return c
 
   by_size = build.sized(config(4), build.run(config(4)))
@@ -122,6 +123,10 @@ def test_sizes_are_trained_in_turns_each_by_its_own_shift(tmp_path):
   np.testing.assert_allclose(losses[place], values["loss"], rtol=1e-4)
   assert train_loop.train(config(4), again) == 0
   assert tiny.metrics(again) == tiny.metrics(alone) and len(tiny.metrics(alone)) == 8  # held-out losses too
+  # A size that it was not trained at can be drawn.
+  assert tiny.invoke("piflow_jax.sample", [f"--workdir={alone}", "--labels=0", "--num=2", "--size=10x8",
+                                           "--config.sampling.nfe=1", f"--out={tmp_path / 'x.npz'}"]) == (0, "")
+  assert np.load(tmp_path / "x.npz")["x_0"].shape == (2, 8, 10, 4)
 
 
 @pytest.mark.slow

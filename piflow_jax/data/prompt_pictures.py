@@ -133,4 +133,4 @@ def _known(sizes, counts, factor):
     if height % factor or width % factor:
       raise ValueError(f"size: {width}x{height} is no multiple of {factor}, the autoencoder's factor")
   rows = [(height // factor, width // factor, count) for (height, width), count in zip(sizes, counts)]
-  return tuple(row for row in rows if row[2]) if len(rows) > 1 else ()
+  return tuple(rows) if len(rows) > 1 else ()

@@ -180,14 +180,14 @@ def _pictures(values, prompts):
     return prompts, prompt_pictures.Pictures()
   with errors.flag("size"):
     sizes = prompt_pictures.parsed(values.size)
-    counts = [len(prompts)]
-    if len(sizes) > 1:
+    counts, several = [len(prompts)], len(sizes) > 1
+    if several:
       prompts, counts = prompt_pictures.placed(prompts, sizes)
       print(", ".join(f"{width}x{height}: {n:,} prompts" for (height, width), n in zip(sizes, counts)), flush=True)
       sizes, counts = zip(*((size, count) for size, count in zip(sizes, counts) if count))
-    lacks = next((p.text for p in prompts if p.image is None), None)
-    if len(sizes) > 1 and all(p.image is None for p in prompts):
+    if several and all(p.image is None for p in prompts):
       return prompts, prompt_pictures.without(sizes, counts, values.factor)
+    lacks = next((p.text for p in prompts if p.image is None), None)
     if lacks is not None:
       raise ValueError(f"size: {values.prompts} has no picture beside {lacks[:60]!r}; leave --size out, or give each "
                        "row its image")

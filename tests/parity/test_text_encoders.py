@@ -172,6 +172,17 @@ def test_shards_that_are_there_are_not_encoded_again_and_the_bytes_are_the_same(
   tiny.refused(PROGRAM, _arguments(pairs, parts, "--negative=x"), "--out:", "was begun with another negative")
 
 
+def test_prompts_without_pictures_may_all_be_of_one_of_several_sizes(pairs, tmp_path):
+  rows = [{"prompt": f"colour {letter}", "width": 90, "height": 60} for letter in "abc"]
+  (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  arguments = [f"--prompts={tmp_path / 'list.jsonl'}", f"--encoder=flux:{pairs}", "--tokens=12", "--shards=1"]
+  assert tiny.invoke(PROGRAM, [*arguments, "--size=64,96x64", f"--out={tmp_path / 'one'}"]) == (0, "")
+  manifest = prompt_cache.read_manifest(tmp_path / "one")
+  assert (manifest.count, manifest.sizes, manifest.shape) == (3, (), ())
+  tiny.refused(PROGRAM, [*arguments, "--size=64,96x60", f"--out={tmp_path / 'two'}"], "--size:",
+               "96x60 is no multiple of 8")
+
+
 def test_a_short_list_is_encoded_beside_the_run_that_needs_it(pairs, tmp_path, capfd):
   def data(**fields):
     noun = texts.config(**dict(path=str(tmp_path / "cache"), on_the_fly=str(pairs / "list.jsonl"), tokens=12,
