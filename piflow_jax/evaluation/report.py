@@ -96,16 +96,21 @@ def _results(columns, keys, body):
           f'<ul class="notes">{notes}</ul></details></section>')
 
 
+def _decimals_of_columns(rows):
+  """{metric: its column's decimals}, of the metrics that any of `rows`, dicts {metric: value}, has."""
+  columns = {key: [row.get(key) for row in rows] for key in metrics.METRICS}
+  return {key: _decimals(values, key) for key, values in columns.items() if any(v is not None for v in values)}
+
+
 def _evaluated(rows):
-  keys = [key for key in metrics.METRICS if any(row.get(key) is not None for row in rows)]
-  decimals = {key: _decimals([row.get(key) for row in rows], key) for key in keys}
+  decimals = _decimals_of_columns(rows)
   body = ""
   for row in rows:
     cells = [_text(row.get(name), form) for name, (_, form, _) in _MODEL.items()]
     cells += [_text(row.get(key), f".{digits}f") for key, digits in decimals.items()]
     body += (f'<tr class="{"student" if row.get("model") == "student" else "teacher"}">'
              + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-  return _results(_MODEL, keys, f"<tbody>{body}</tbody>")
+  return _results(_MODEL, decimals, f"<tbody>{body}</tbody>")
 
 
 def _with_means(row):
@@ -157,7 +162,7 @@ def _compared(rows):
   teacher = sorted((row for row in rows if row["method"] == "teacher"), key=operator.itemgetter("calls"))
   methods = [row for row in rows if row["method"] != "teacher"]
   goal = teacher[-1]["mean"] if teacher else {}
-  decimals = {key: _decimals([row["mean"].get(key) for row in rows], key) for key in metrics.METRICS}
+  decimals = _decimals_of_columns([row["mean"] for row in rows])
   groups = [("teacher", "teacher", teacher)] if teacher else []
   for calls in sorted({row["calls"] for row in methods}):
     groups.append(("method", f"{calls} call{'s' if calls != 1 else ''}", [r for r in methods if r["calls"] == calls]))
@@ -281,8 +286,8 @@ def write_comparison(folder, *, title, rows, settings, notes, pictures):
     title: text.
     rows: list of dicts {method, calls, seeds: [int], passes, steps, values: {metric: [a value a seed]}}, a row for each
       method and number of calls; the method "teacher" is what the others imitate. passes (network passes a sample and
-      training step), steps and values may be None. compare.json adds the dicts mean and std (the sample's, None for
-      one seed).
+      training step), steps and values may be None; a metric that no row has gets no column. compare.json adds the
+      dicts mean and std (the sample's, None for one seed).
     settings: dict name -> value, or another such dict.
     notes: list of texts.
     pictures: dict caption -> PNG bytes.
