@@ -43,6 +43,11 @@ def _titled(axes, title, xlabel, ylabel, size=12):
   _bare(axes)
 
 
+def _wrapped(title):
+  """A panel's title within its half of a figure: matplotlib would write it over the next one's."""
+  return textwrap.fill(title, 40)
+
+
 def _points(x, y, log):
   """x and y as floats, without points that are not finite or, on an axis named in `log`, not positive."""
   x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
@@ -167,7 +172,7 @@ def lines(panels, title):
                         marker=_MARKERS[i % len(_MARKERS)] if len(x) <= 20 else None)
       handles.setdefault(name, line)
       ticks.extend(x)
-    _titled(axes, heading, xlabel, ylabel, size=10.5)
+    _titled(axes, _wrapped(heading), xlabel, ylabel, size=10.5)
     if "x" in log:
       _log(axes.xaxis, ticks)
     if "y" in log:
@@ -213,7 +218,7 @@ def methods(rows, metrics, titles):
     axes.remove()
   for axes, metric, title in zip(panels, metrics, titles):
     handles = _by_calls(axes, {key: found.get(metric, []) for key, found in values.items()}, calls)
-    _titled(axes, textwrap.fill(title, 48), "", "", size=10.5)
+    _titled(axes, _wrapped(title), "", "", size=10.5)
     axes.set_xlim(-0.5, len(calls) - 0.5)
     axes.set_xticks(range(len(calls)), calls)
   for axes in panels[:len(metrics)][-2:]:
@@ -271,7 +276,8 @@ def quality(rows):
     shown = np.isfinite(values)
     bars = axes.barh(range(len(rows)), np.where(shown, values, 0), color=colours, height=0.66)
     axes.bar_label(bars, [f"{v:.3g}" if s else "–" for v, s in zip(values, shown)], padding=4, fontsize=9, color=_TEXT)
-    axes.set_title(f"{metrics_lib.METRICS[key].title} (lower is better)", loc="left", fontsize=10.5, color=_TEXT)
+    axes.set_title(_wrapped(f"{metrics_lib.METRICS[key].title} (lower is better)"), loc="left", fontsize=10.5,
+                   color=_TEXT)
     axes.set_yticks(range(len(rows)), names)
     axes.set_xlim(0, 1.18 * max([v for v, s in zip(values, shown) if s], default=1) or 1)
     axes.set_xticks([])

@@ -51,6 +51,9 @@ def test_charts_decode():
   assert picture.shape == (192, 860, 3)
   bars = (picture == [0xd9, 0x48, 0x0f]).all(-1)
   assert bars[:, :430].any() and bars[:, 430:].any()
+  # No title runs into the next panel's: left of its axis nothing is written above the bars.
+  second = np.flatnonzero(_where(figures.quality(ROWS), RULE).sum(0) > 60)[-1]
+  assert second > 300 and (picture[:40, second - 8:second - 1] > 200).all() and (picture[:40, second:] < 128).any()
   # What no row has gets no panel.
   alone = (_decoded(figures.quality([_row("student", 1, frechet=None)])) == [0xd9, 0x48, 0x0f]).all(-1)
   assert alone[:, :430].any() and alone[:, 430:].sum() > bars[:, 430:].sum()
