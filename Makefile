@@ -8,9 +8,10 @@ EMOJI ?= runs/emoji
 ARGS ?=
 # A CPU as a mesh of its cores: most of what XLA does on a CPU runs on one core otherwise.
 DEVICES ?= $(shell $(PYTHON) -c 'import os; print(max(n for n in (1, 2, 4, 8) if n <= os.cpu_count()))')
-# Compiling is the better part of a short run: JAX reads back what an earlier run compiled.
+# Compiling is the better part of a short run: JAX reads back what an earlier run compiled. Of the memory that a step
+# frees, glibc hands pages back that the next step asks for again, one page fault each: it keeps 64 MB a thread instead.
 CACHE := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 JAX_NUM_CPU_DEVICES=$(DEVICES)
+	JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 JAX_NUM_CPU_DEVICES=$(DEVICES) MALLOC_TOP_PAD_=67108864
 PIP := -m pip install --quiet --disable-pip-version-check
 # Two workers, each given whole files in the order of tests/conftest.py: the longest first.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder -q --durations=12
@@ -90,7 +91,7 @@ emoji: .venv-torch/ready  ## text to image in small: prompts, a FLUX.1-shaped te
 	@$(CACHE) $(TORCH) -m piflow_jax.main --config=configs/emoji.py:student --workdir=$(EMOJI)/student $(ARGS)
 	@echo "== 4/4 evaluation on held-out wordings, and pictures of prompts -> $(EMOJI)/prompts.png"
 	@$(CACHE) $(TORCH) -m piflow_jax.evaluate --workdir=$(EMOJI)/student --config.evaluation.samples=100 \
-		--config.evaluation.batch_size=100
+		--config.evaluation.batch_size=20
 	@$(CACHE) $(TORCH) -m piflow_jax.sample --workdir=$(EMOJI)/student --teacher-steps=32 --num=8 \
 		--out=$(EMOJI)/prompts.png --prompt="a green apple" --prompt="sad cat" --prompt="red heart" --prompt="blue car"
 
@@ -98,7 +99,7 @@ emoji-rivals: .venv-torch/ready  ## after emoji: parallel decoding and a DX poli
 	@for role in parallel dx; do \
 		$(CACHE) $(TORCH) -m piflow_jax.main --config=configs/emoji.py:$$role --workdir=$(EMOJI)/$$role $(ARGS) && \
 		$(CACHE) $(TORCH) -m piflow_jax.evaluate --workdir=$(EMOJI)/$$role --config.evaluation.samples=100 \
-			--config.evaluation.batch_size=100 || exit; done
+			--config.evaluation.batch_size=20 || exit; done
 
 analytic: .venv/ready  ## students against an exactly known flow, by their size and training
 	@$(CACHE) $(PY) -m piflow_jax.evaluation.analytic --config=configs/gaussians.py --workdir=runs/gaussians $(ARGS)

@@ -8,6 +8,7 @@ import time
 
 import jax
 import numpy as np
+import tqdm
 
 from piflow_jax import build
 from piflow_jax import config as config_lib
@@ -216,7 +217,8 @@ class Bench:
       tally.count = min(len(records), _MOST_RECORDS)
       return tally
     count = min(len(records), _MOST_RECORDS)
-    for start in range(0, count, self._size):
+    for start in tqdm.tqdm(range(0, count, self._size), desc=f"features of {split} records", unit="batch", leave=False,
+                           disable=jax.process_index() > 0 or None):
       block = range(start, min(start + self._size, count))
       mine = block[jax.process_index()::jax.process_count()]
       found = [records[i] for i in mine]

@@ -11,6 +11,7 @@ import os
 
 import jax
 import numpy as np
+import tqdm
 
 from piflow_jax import config as config_lib
 from piflow_jax import errors
@@ -112,7 +113,9 @@ def efficientnet(data, *, autoencoder, components, records, size, batch_size):
   x_0, _ = extract_lib.first_records(data, records)
   if len(x_0) < 2:
     raise ValueError(f"records: {len(x_0)} in the training data, which have no spread; at least 2 are needed")
-  centre, directions = pca.fit(pooled(x_0), components)
+  parts = tqdm.tqdm(np.array_split(x_0, -(-len(x_0) // batch_size)), desc="EfficientNet-Lite0 of training records",
+                    unit="batch", leave=False, disable=jax.process_index() > 0 or None)
+  centre, directions = pca.fit(np.concatenate([pooled(part) for part in parts]), components)
   return extract_lib.Features(lambda x_0: (pooled(x_0) - centre) @ directions.T, None,
                               f"EfficientNet-Lite0, {len(directions)} principal components")
 
