@@ -155,6 +155,13 @@ class Bench:
       return self.labels(index)
     return index % self._conditions_drawn
 
+  def real(self, index):
+    """x_0 [n, ...] of real records beside samples by number: those that they are drawn by, or `real_like` a class."""
+    if self.classes or not self.data.spec.cond:
+      return real_like(self.data, self.labels(index))
+    records = self.data.records("held_out")
+    return np.stack([records[int(i)]["x_0"] for i in self.conditions(index)])
+
   def measure(self, models, seed, bar, stream=draws.NOISE):
     """The Tally of each draws.Model over all samples of a seed; squared errors are against the first one's samples."""
     tallies, seconds, batches = [Tally() for _ in models], np.zeros(len(models)), 0

@@ -233,6 +233,7 @@ def test_samples_agree_with_the_record_whose_text_they_were_drawn_by(alike):
   tellers = [_model(lambda batch, seed, i=i: jnp.roll(batch["cond"]["text"].reshape(-1, 6), i, axis=0)) for i in (0, 1)]
   right, wrong = bench.measure(tellers, 0, _bar())
   values = [bench.values(tally, right, right)["agreement"] for tally in (right, wrong)]
+  np.testing.assert_array_equal(bench.real(np.arange(45)), x_0[np.arange(45) % 30])  # 30 of them are drawn by, twice
   if alike:  # a cache of prompts without pictures
     assert values == [None, None]
   else:
