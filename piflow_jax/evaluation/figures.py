@@ -44,7 +44,7 @@ def _titled(axes, title, xlabel, ylabel, size=12):
 
 
 def _wrapped(title):
-  """A panel's title within its half of a figure: matplotlib would write it over the next one's."""
+  """A panel's title in lines as wide as the panel: matplotlib would write it over the next one's."""
   return textwrap.fill(title, 40)
 
 

@@ -224,7 +224,7 @@ class Bench:
       tally.count = min(len(records), _MOST_RECORDS)
       return tally
     count = min(len(records), _MOST_RECORDS)
-    for start in tqdm.tqdm(range(0, count, self._size), desc=f"features of {split} records", unit="batch", leave=False,
+    for start in tqdm.tqdm(range(0, count, self._size), desc=f"{split} records", unit="batch", leave=False,
                            disable=jax.process_index() > 0 or None):
       block = range(start, min(start + self._size, count))
       mine = block[jax.process_index()::jax.process_count()]

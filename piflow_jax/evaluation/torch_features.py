@@ -103,7 +103,8 @@ def efficientnet(data, *, autoencoder, components, records, size, batch_size):
 
   def pooled(x_0):
     found = []
-    for part in drawn(x_0):
+    for part in tqdm.tqdm(drawn(x_0), total=-(-len(x_0) // batch_size), desc="EfficientNet-Lite0", unit="batch",
+                          leave=False, delay=5, disable=jax.process_index() > 0 or None):
       x = torch.tensor(part).movedim(-1, 1).float() / 255
       with torch.inference_mode():
         x = torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True).clip(0, 1)
@@ -113,9 +114,7 @@ def efficientnet(data, *, autoencoder, components, records, size, batch_size):
   x_0, _ = extract_lib.first_records(data, records)
   if len(x_0) < 2:
     raise ValueError(f"records: {len(x_0)} in the training data, which have no spread; at least 2 are needed")
-  parts = tqdm.tqdm(np.array_split(x_0, -(-len(x_0) // batch_size)), desc="EfficientNet-Lite0 of training records",
-                    unit="batch", leave=False, disable=jax.process_index() > 0 or None)
-  centre, directions = pca.fit(np.concatenate([pooled(part) for part in parts]), components)
+  centre, directions = pca.fit(pooled(x_0), components)
   return extract_lib.Features(lambda x_0: (pooled(x_0) - centre) @ directions.T, None,
                               f"EfficientNet-Lite0, {len(directions)} principal components")
 
